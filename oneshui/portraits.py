@@ -46,7 +46,7 @@ def draw_person(
     years = float(U(*AGE_YEARS[age_group])) if kids else float(U(19, 76))
     male, old, child = B(.47), years > 47, kids and years < 13
     grown = kids is False or years > 17
-    p = dict(years=years, male=male, skin=U(), undertone=N(), chubby=B(.22), oval=B(.35), aspect=N(), jaw=N(), ears=N(),
+    p = dict(years=years, dress=-1. if age_group is None else float(age_group), male=male, skin=U(), undertone=N(), chubby=B(.22), oval=B(.35), aspect=N(), jaw=N(), ears=N(),
              eye_gap=N(), eye_size=N(), eye_tilt=N(), eye_y=N(), iris=float(r.integers(5)), narrow=B(.22),
              brow_y=N(), brow_tilt=N(), arched=B(.15 if male else .45), bushy=B(.32 if male else .14),
              nose_len=N(), nose_wide=N(), big_nose=B(.28), pointy=B(.32), mouth_w=N(), mouth_y=N(), big_lips=B(.32), lip_hue=U(),
@@ -105,7 +105,7 @@ class Canvas:
 
     def head(self, q: dict):  # photo latent: where the head sits in the picture
         "Following points are in the coordinates of the head, which may be shifted, tilted and nearer."
-        self.frame = Affine2D().scale(.88 * q['zoom']).rotate_deg(q['roll']).translate(q['dx'], q['dy'] - .02) + self.page
+        self.frame = Affine2D().scale(.82 * q['zoom']).rotate_deg(q['roll']).translate(q['dx'], q['dy'] + .05) + self.page
 
     def fill(self, xy, colour, alpha=1., clip=None):
         "Fill a polygon `xy` [n, 2]; `clip`: another polygon that bounds it."
@@ -208,14 +208,36 @@ def _body(c, p, q, g):
     neck = (.19 + .05 * p['male'] + .03 * p['chubby']) * (1 - .25 * g['child'])
     c.fill(oval(0, -1.42, wide, .58), shirt); c.line(oval(0, -1.42, wide - .1, .5)[3:18], shirt * .8, .012, .6)
     c.fill([[-neck, -.3], [neck, -.3], [neck + .05, -.86], [0, -1.0], [-neck - .05, -.86]], skin * .84)
-    if p['years'] < 7: c.fill(oval(0, -1.02, .30, .20), (1, .97, .9)); c.line(oval(0, -1.02, .26, .16), hsv(q['hat_hue'], .5, .9), .02)
-    if q['tie']:
+    if p['dress'] >= 0: _dress(c, int(p['dress']), q, shirt, oval(0, -1.42, wide, .58))
+    elif q['tie']:
         for s in (-1, 1): c.fill([[0, -.93], [s * .3, -.80], [s * .34, -.95], [s * .1, -1.12]], (.97, .97, .95))
         tie = hsv(q['hat_hue'], .75, .62); c.fill([[-.07, -.90], [.07, -.90], [.05, -1.0], [-.05, -1.0]], tie * .85)
         c.fill([[-.05, -1.0], [.05, -1.0], [.12, -1.3], [-.12, -1.3]], tie)
     elif q['necklace']:
         string = arc(-.25, .25, -.80, -.2, 11); c.line(string, (.93, .78, .30), .018)
         for x, y in string[1:-1]: c.fill(oval(x, y, .025, .025), (.97, .88, .52))
+
+def _dress(c, style, q, shirt, torso):
+    # in the world of families, every age dresses its own way (caricature, not demography)
+    light, dark, other = np.clip(shirt * .4 + .6, 0, 1), shirt * .45, hsv((q['shirt'] + .45) % 1, .6, .8)
+    if style == 0:                                                     # bib
+        c.fill(oval(0, -1.06, .36, .24), (1, .97, .9)); c.line(oval(0, -1.06, .32, .20), other, .035)
+    elif style == 1:                                                   # stripes
+        for y in (-.95, -1.08, -1.21): c.line(arc(-.8, .8, y - .1, .1), (1, 1, 1), .055, clip=torso)
+    elif style == 2:                                                   # hood and strings
+        c.line(arc(-.42, .42, -.80, -.22), dark, .17); c.line([[-.10, -1.0], [-.12, -1.25]], (1, 1, 1), .03); c.line([[.10, -1.0], [.12, -1.25]], (1, 1, 1), .03)
+    elif style == 3:                                                   # open denim jacket
+        c.fill(torso, (.25, .38, .60)); c.fill([[-.22, -.82], [.22, -.82], [.30, -1.5], [-.30, -1.5]], (.98, .98, .98), clip=torso)
+    elif style == 4:                                                   # dark blazer, white shirt, tie
+        c.fill(torso, (.13, .14, .18)); c.fill([[-.24, -.84], [.24, -.84], [0, -1.35]], (.98, .98, .98), clip=torso); c.fill([[-.06, -.92], [.06, -.92], [.07, -1.3], [-.07, -1.3]], other)
+    elif style == 5:                                                   # argyle sweater
+        for x in (-.5, -.25, 0, .25, .5): c.fill([[x - .11, -1.08], [x, -.95], [x + .11, -1.08], [x, -1.21]], light if round(x * 4) % 2 else dark, clip=torso)
+    elif style == 6:                                                   # cardigan with buttons
+        c.fill(torso, (.55, .40, .28)); c.line([[0, -.88], [0, -1.4]], (.3, .2, .14), .03)
+        for y in (-.98, -1.08, -1.18): c.fill(oval(.07, y, .03, .03), (.98, .93, .75))
+        for s in (-1, 1): c.line([[s * .24, -.82], [s * .05, -1.0]], (.98, .93, .75), .06)
+    else:                                                              # shawl
+        c.fill([[-.75, -1.2], [-.30, -.76], [.30, -.76], [.75, -1.2], [0, -1.10]], (.86, .80, .90)); c.line([[-.75, -1.2], [0, -1.10], [.75, -1.2]], (.55, .40, .62), .05); c.fill(oval(0, -1.0, .06, .06), (.9, .75, .2))
 
 def _head(c, p, q, g):
     skin, w, face = g['skin'], g['w'], g['face']
@@ -491,4 +513,4 @@ def write_portraits(
         os.replace(tmp, out)
     return out
 
-VERSION = 1  # of the drawings: raise it when a change alters pixels or labels
+VERSION = 2  # of the drawings: raise it when a change alters pixels or labels
