@@ -415,7 +415,7 @@ def annotate_attributes(
     visible: np.ndarray,       # int8 [n, 40]: what the n portraits of one person show
     seed: int,                 # seed of the data set
     index: int,                # which person
-    opinion: float = .15,      # probability that a subjective attribute is flipped in all portraits of the person
+    opinion: float = .18,      # probability that a subjective attribute is flipped in all portraits of the person
     slip: float = .005,        # probability that any single label is flipped
 ) -> np.ndarray:               # int8 [n, 40]
     "What the annotator of this person wrote down."
@@ -427,7 +427,7 @@ def annotate_age(
     group: int,           # 0…7: the group that the drawing shows
     seed: int,            # seed of the data set
     index: int,           # which person
-    opinion: float = .2,  # probability that the person is filed under another group
+    opinion: float = .12, # probability that the person is filed under another group
 ) -> int:                 # 0…7
     "The age group that this person is filed under."
     r = np.random.default_rng([seed, 98, index])
@@ -493,7 +493,7 @@ def write_portraits(
     root: str | Path,           # folder that will hold portraits-<digest>
     celebahq=(400, 3, 7),       # people, fewest and most portraits a person
     celeba=(180, 7, 13),        # "
-    mufac=(280, 5, 11),         # "
+    mufac=(340, 4, 8),          # "
     size: int = 64,             # edge in pixels
     seed: int = 0,              # another seed draws other people
     n_jobs: int = -1,           # processes
@@ -513,4 +513,4 @@ def write_portraits(
         os.replace(tmp, out)
     return out
 
-VERSION = 2  # of the drawings: raise it when a change alters pixels or labels
+VERSION = 4  # of the drawings: raise it when a change alters pixels or labels
