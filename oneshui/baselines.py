@@ -13,9 +13,8 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm.auto import tqdm
 from .metrics import task_loss
-from .scale import device_of
+from .scale import device_of, progress
 
 # %% ../nbs/02_baselines.ipynb #78110637
 @dataclass(frozen=True)
@@ -236,7 +235,7 @@ def scrub(model, support, state, *, retain, forget,
     "Move away from the teacher on D_f, stay with it and with the labels on D_r."
     teacher = copy.deepcopy(model).eval(); opt, schedule = _sgd(model, lr, epochs); task, dev = _task_of(retain, multilabel), device_of(model); crop = .08 if augment else None
     model.train()
-    for e in tqdm(range(epochs), 'SCRUB', leave=False, disable=None):
+    for e in progress(range(epochs), 'SCRUB'):
         if e < forget_epochs:
             for x, y in forget.batches(forget_batch_size, True, crop, dev):
                 with torch.no_grad(): t = teacher(x)
@@ -268,7 +267,7 @@ def bad_teacher(model, support, state, *, retain, forget,
     "Imitate a random net on D_f and the original on D_r."
     good, bad = copy.deepcopy(model).eval(), randomise(model); opt, schedule = _sgd(model, lr, epochs); task, dev = _task_of(retain, multilabel), device_of(model)
     model.train(); n_r, n_f = math.ceil(len(retain) / batch_size), len(forget) / len(retain)
-    for _ in tqdm(range(epochs), 'Bad Teacher', leave=False, disable=None):
+    for _ in progress(range(epochs), 'Bad Teacher'):
         # one batch mixes both sets in their proportion, as shuffling their union would on average
         forgotten = list(forget.batches(max(1, round(batch_size * n_f)), True, .08 if augment else None, dev))
         for i, (x, y) in enumerate(retain.batches(batch_size, True, .08 if augment else None, dev)):

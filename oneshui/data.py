@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from filelock import FileLock
 from PIL import Image
-from tqdm.auto import tqdm
 from .portraits import ATTRIBUTES, AGE_GROUPS
+from .scale import progress
 
 # %% ../nbs/00_data_splits.ipynb #5d2cef31
 class FacesError(ValueError):
@@ -380,7 +380,7 @@ class Pixels(torch.utils.data.Dataset):
         with FileLock(str(path) + '.lock'):
             if not path.exists():
                 tmp = path.with_suffix('.part'); out = np.lib.format.open_memmap(tmp, 'w+', np.uint8, (len(self.faces), 3, self.size, self.size)); bad = []
-                for i in tqdm(range(len(self.faces)), f'decoding {self.faces.name}', leave=False, disable=None):
+                for i in progress(range(len(self.faces)), f'decoding {self.faces.name}'):
                     try: out[i] = portrait(self.faces, i, self.size).transpose(2, 0, 1)
                     except FacesError as e: bad.append(str(e))
                 if bad: tmp.unlink(); raise FacesError(f'{len(bad)} image(s) cannot be decoded. First: {bad[0]}' + ''.join(f'\n  {b}' for b in bad[1:6]))

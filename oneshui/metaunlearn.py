@@ -14,11 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm.auto import tqdm
 from .baselines import method
 from .data import FacesError, simulate_requests
 from .metrics import task_loss
-from .scale import device_of
+from .scale import device_of, progress
 from .vit import logits_and_cls, predict
 
 # %% ../nbs/03_metaunlearn.ipynb #12b40117
@@ -165,7 +164,7 @@ def metaunlearn_prepare(model, train, val, *,
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, epochs); original = predict(model, val).to(dev); history = []
     for _ in range(epochs):
         requests = simulate_requests(train.identity, np.arange(len(train)), size, rng, singles)
-        for s, f in tqdm(requests, 'meta-training', leave=False, disable=None):
+        for s, f in progress(requests, 'meta-training'):
             S = (*train.tensors(s, dev), torch.from_numpy(who_of[s]).to(dev)); f = rng.permutation(f)
             def outer(θ_u):
                 for k in range(0, len(f), batch_size):

@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.backend_bases import GraphicsContextBase
 from matplotlib.path import Path as MPath
 from matplotlib.transforms import Affine2D, TransformedPath
-from tqdm.auto import tqdm
+from .scale import progress
 
 # %% ../nbs/api/portraits.ipynb #948f9f41
 ATTRIBUTES = """5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose Black_Hair Blond_Hair Blurry
@@ -443,7 +443,7 @@ def _portrait(args):
 
 def _draw_all(jobs, n_jobs, desc):
     from joblib import Parallel, delayed
-    return list(tqdm(Parallel(n_jobs, batch_size=32, return_as='generator')(delayed(_portrait)(j) for j in jobs), desc, len(jobs), leave=False, disable=None))
+    return list(progress(Parallel(n_jobs, batch_size=32, return_as='generator')(delayed(_portrait)(j) for j in jobs), desc, len(jobs)))
 
 def _counts(seed, n, low, high):  # how many portraits each of n people has
     return np.random.default_rng([seed, 1]).integers(low, high + 1, n)

@@ -9,16 +9,17 @@ __all__ = ['create_model', 'logits_and_cls', 'count_parameters', 'pretrain_backb
 # %% ../nbs/01_vit_finetuning.ipynb #f9b2d859
 import copy, hashlib, json, math, os
 from pathlib import Path
+import warnings
+warnings.filterwarnings('ignore', message='.*torch.jit.script.*', category=FutureWarning)   # timm's import, nothing a reader can act on
 import numpy as np, pandas as pd, timm, torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
-from tqdm.auto import tqdm
 from .data import Faces, FacesError, Pixels, portrait
 from .metrics import score, task_loss
 from .presets import ModelSpec, TrainSpec
-from .scale import default_device, device_of, precision, speed_up
+from .scale import default_device, device_of, precision, progress, speed_up
 
 # %% ../nbs/01_vit_finetuning.ipynb #e2cfe1a0
 def create_model(
@@ -70,7 +71,7 @@ def pretrain_backbone(
     T = (T - T.mean(0)) / T.std(0).clamp(min=1e-3); torch.manual_seed(0); steps = max(1, len(X) // batch_size) * epochs
     m = timm.create_model('vit_base_patch16_224', img_size=size, num_classes=T.shape[1], **options); losses = []
     opt = torch.optim.AdamW(m.parameters(), lr, weight_decay=.05); schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, steps, pct_start=.1)
-    for _ in tqdm(range(epochs), 'pre-training', disable=None):
+    for _ in progress(range(epochs), 'pre-training'):
         total = 0.
         for k in torch.randperm(len(X))[:len(X) // batch_size * batch_size].view(-1, batch_size):
             loss = nn.functional.smooth_l1_loss(m(normalise(X[k])), T[k]); opt.zero_grad(); loss.backward()
@@ -200,14 +201,14 @@ def fit(
     spec: TrainSpec,
     seed: int = 0,
     resume: str | Path | None = None, # folder for the state of every epoch; None: none is kept
-    progress: bool = True,
+    quiet: bool = False,     # no progress bar
 ) -> pd.DataFrame:           # a row an epoch: loss, val score, learning rate, kept
     "Fine-tune `model` by the recipe and leave the weights of the best validation epoch in it. Raises `FloatingPointError` on a NaN loss."
     opt = torch.optim.SGD(model.parameters(), spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay); dev = device_of(model)
     best, state = {}, dict(epoch=-1, best=-1., rows=[])
     if resume and (Path(resume) / 'state.json').exists(): best, state = _load_state(Path(resume), model, opt)
     run = speed_up(model, spec.compile, spec.checkpointing); n = math.ceil(len(train) / spec.batch_size)
-    for epoch in tqdm(range(state['epoch'] + 1, spec.epochs), 'training', leave=False, disable=None if progress else True):
+    for epoch in progress(range(state['epoch'] + 1, spec.epochs), 'training', quiet=quiet):
         torch.manual_seed(1_000_003 * seed + epoch); model.train(); total = 0.
         for i, (x, y) in enumerate(train.batches(spec.batch_size, True, spec.crop, dev, spec.workers)):
             for g in opt.param_groups: g['lr'] = learning_rate(spec, epoch, (i + 1) / n)

@@ -1,0 +1,52 @@
+# Every command sets up what it needs: a virtual environment with the tested versions, and a Jupyter kernel in it.
+PYTHON ?= python3
+VENV   ?= .venv
+PRESET ?= mini
+ARGS   ?=
+BIN     = $(VENV)/bin
+READY   = $(VENV)/.ready
+export PYTHONWARNINGS = ignore::FutureWarning
+export MPLBACKEND ?= Agg
+
+.PHONY: help setup reproduce test notebooks export readme lab benchmark clean
+help:            ## what there is
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
+
+$(READY): settings.ini setup.py pyproject.toml constraints.txt
+	@echo "== setting up $(VENV) (once; about two minutes and 6 GB)"
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python >= 3.10 is needed, this is " + sys.version.split()[0] + ". Say: make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name python3 >/dev/null
+	@touch $@
+
+setup: $(READY) ## the virtual environment
+
+reproduce: $(READY) ## Tables 1-3 on the embedded portraits, into figures/mini/ (PRESET=smoke|mini|paper, ARGS='-p data_dir /data')
+	@echo "== regenerating the tables (preset $(PRESET)); finished runs are read from runs/"
+	@mkdir -p build
+	ONESHUI_PROGRESS=text $(BIN)/papermill --log-output --no-progress-bar nbs/05_tables.ipynb build/05_tables.ipynb -k python3 -p preset $(PRESET) $(ARGS)
+	@echo "== done: see figures/$(PRESET)/ and the executed notebook build/05_tables.ipynb"
+
+test: $(READY)   ## export, README and notebooks in sync; unit tests; every notebook at preset smoke
+	ONESHUI_PROGRESS=off $(BIN)/python -m pytest -q tests
+
+export: $(READY) ## notebooks -> oneshui/
+	$(BIN)/nbdev_export
+
+readme: $(READY) ## nbs/index.ipynb -> README.md
+	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=remove-input --output-dir . --output README.md nbs/index.ipynb
+
+notebooks: $(READY) ## execute all notebooks in place at their defaults, then clean them
+	for n in nbs/api/portraits nbs/00_data_splits nbs/api/presets nbs/api/metrics nbs/api/attacks nbs/01_vit_finetuning nbs/02_baselines nbs/03_metaunlearn nbs/04_a100_training nbs/api/runs nbs/05_tables nbs/index; do \
+	  echo "== $$n"; ONESHUI_PROGRESS=off $(BIN)/papermill --no-progress-bar --log-level ERROR -k python3 $$n.ipynb $$n.ipynb || exit 1; done
+	$(BIN)/nbdev_clean && $(MAKE) readme
+
+lab: $(READY)    ## JupyterLab on the index
+	$(BIN)/jupyter lab nbs/index.ipynb
+
+benchmark: $(READY) ## time and memory of the hypergradient against the double backward
+	$(BIN)/python benchmarks/hypergradient.py
+
+clean:           ## forget drawings and runs (the environment stays)
+	rm -rf data runs build
