@@ -1,0 +1,20 @@
+import os
+
+os.environ.setdefault('ONESHUI_PROGRESS', 'off')
+os.environ.setdefault('MPLBACKEND', 'Agg')
+
+import pytest
+import torch
+
+from oneshui.portraits import write_portraits
+from oneshui.presets import load_preset
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope='session')
+def smoke(): return load_preset('smoke')
+
+
+@pytest.fixture(scope='session')
+def data_dir(tmp_path_factory, smoke): return write_portraits(tmp_path_factory.mktemp('data'), **smoke.portraits, n_jobs=1)
