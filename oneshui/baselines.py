@@ -253,9 +253,9 @@ def randomise(
 ) -> nn.Module:   # a copy that knows nothing
     "A randomly initialised net of the same architecture."
     m = copy.deepcopy(model)
-    if hasattr(m, 'init_weights'): m.init_weights()          # timm
-    for k, layer in m.named_modules():
-        if isinstance(layer, (nn.Linear, nn.Conv2d)) and hasattr(layer, 'reset_parameters') and (k.startswith('head') or not hasattr(m, 'init_weights')): layer.reset_parameters()
+    for layer in m.modules():
+        if hasattr(layer, 'reset_parameters'): layer.reset_parameters()
+    if hasattr(m, 'init_weights'): m.init_weights()   # timm: position embeddings and its own initialisation
     return m.eval()
 
 @method('bad_teacher', 'Bad Teacher', access='full')

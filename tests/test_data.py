@@ -118,3 +118,9 @@ def test_real_scale(tmp_path):
     (root / 'list_attr_celeba.txt').write_text(f'{n}\n' + ' '.join(ATTRIBUTES) + ' \n' + ''.join(f'{i + 1:06d}.jpg {pool[i % 64]}\n' for i in range(n)))
     t = time.perf_counter(); faces = read_celeba(root, check_images=False); r = make_request(faces, 10, 0, (5, 10)); simulate_requests(faces.identity, r.train, 10, rng); t = time.perf_counter() - t
     assert len(faces) == n and t < 60, t   # a few seconds; the bound only catches a quadratic loop
+
+
+def test_the_official_spacing(tree):
+    "CelebAMask-HQ as published: a space after the last name, two after the file name, some rows with one at their end."
+    f = tree / 'CelebAMask-HQ/CelebAMask-HQ-attribute-anno.txt'; plain = read_celebahq(tree / 'CelebAMask-HQ'); l = f.read_text().splitlines(); assert l[1].endswith(' ') and '.jpg  ' in l[2]
+    f.write_text('\n'.join(x + ' ' * (i % 3) for i, x in enumerate(l)) + '\n'); same(read_celebahq(tree / 'CelebAMask-HQ'), plain)

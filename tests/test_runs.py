@@ -120,3 +120,10 @@ def test_presets_fit_the_registry(name):
     for d, cell in P.cells.items():
         for n in cell.n_forget:
             for m, x in METHODS.items(): x.check(P.hyper(d, m, n) | (dict(n_forget=n) if 'n_forget' in x.hyper else {}))
+
+
+def test_dependencies_have_digests_of_their_own(store, smoke):
+    s = store.spec(smoke, 'mufac', 2, 0, 'neggrad'); assert s.digest and store.pretrain_of(s) == store.spec(smoke, 'mufac', 2, 0, 'pretrain') and store.pretrain_of(s).digest == store.spec(smoke, 'mufac', 3, 0, 'pretrain').digest
+    assert store.retrain_of(s).digest == store.spec(smoke, 'mufac', 2, 0, 'retrain').digest
+    for m in ('neggrad', 'ssd'): store.get(store.spec(smoke, 'mufac', 2, 0, m))
+    assert len(list(store.root.glob('mufac-3-seed0-pretrain-*'))) == 1, 'both methods start from one Pretrain'
