@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import oneshui.metaunlearn  # registers MetaUnlearn
 from .attacks import loss_mia
 from .baselines import METHODS, get_method
-from .data import Faces, FacesError, Pixels, READERS, make_request, project_root, read_faces
+from .data import Faces, FacesError, Pixels, READERS, Request, make_request, project_root, read_faces
 from .metrics import score, task_loss, tug_of_war
 from .scale import progress
 from .presets import ModelSpec, Preset, Spec, TrainSpec, load_preset
@@ -129,7 +129,7 @@ class RunStore:
             full = dict(retain=D['retain'], forget=D['forget']) if m.access == 'full' else {}; torch.manual_seed(2_000_000 + s.seed); S = support_set(D['val'].pixels, r.support); t2 = time.perf_counter()
             model = m.unlearn(before, S, state, s.hyper, **full); timing = dict(seconds=time.perf_counter() - t2, prepare_seconds=t1 - t0)
         metrics = evaluate(model, D, s.train) | timing
-        if s.method == 'pretrain': r.save(part / 'request.json')
+        r.save(part / 'request.json')
         if log is not None: log.to_csv(part / 'log.csv', index=False)
         save_file({k: v.contiguous().cpu() for k, v in model.state_dict().items()}, part / 'model.safetensors')
         (part / 'spec.json').write_text(s.model_dump_json(indent=1)); (part / 'metrics.json').write_text(json.dumps(metrics)); shutil.rmtree(part / 'state', ignore_errors=True)
@@ -146,8 +146,8 @@ class Run:
         except (OSError, json.JSONDecodeError) as e: raise FacesError(f'{self.folder / "metrics.json"}: cannot be read ({e}). Delete this folder; the run will be made again.') from e
 
     def model(self) -> torch.nn.Module:
-        "The network with the run's weights. Raises `FacesError` if they are damaged."
-        f = self.folder / 'model.safetensors'; n = len(self.store.faces(self.spec.dataset).classes); m = create_model(self.spec.model.model_copy(update=dict(weights='none')), n)
+        "The network with the run's weights. Raises `FacesError` if they are damaged, or if the request is no longer that of the data."
+        Request.load(self.folder / 'request.json', self.store.faces(self.spec.dataset)); f = self.folder / 'model.safetensors'; n = len(self.store.faces(self.spec.dataset).classes); m = create_model(self.spec.model.model_copy(update=dict(weights='none')), n)
         try: m.load_state_dict(load_file(f))
         except Exception as e: raise FacesError(f'{f}: cannot be read ({type(e).__name__}: {e}). Delete this folder; the run will be made again.') from e
         return m.eval()
@@ -336,11 +336,11 @@ def open_store(
 
 # %% ../nbs/api/runs.ipynb #98011a78
 CANDIDATES = {
-    'neggrad': [dict(lr=x) for x in (.03, .1, .3, .8)],
-    'ssd': [dict(dampening=l, selection=a) for l, a in ((.1, 50), (.5, 10), (.5, 50), (1, 10))],
+    'neggrad': [dict(lr=x) for x in (.1, .3, .8, 2.)],
+    'ssd': [dict(dampening=l, selection=a) for l, a in ((.5, 50), (1, 50), (.5, 200), (1, 200))],
     'pgu': [dict(lr=l, epochs=5, gamma=g) for l, g in ((.1, .9), (1., .9), (10., .9), (1., .5))],
     'jit': [dict(lr=l, sigma=s) for l, s in ((.1, .5), (1., .5), (.1, 30), (1., 30))],
-    'metaunlearn': [dict(epochs=3, lr=a, eta=e) for a, e in ((1e-4, .1), (1e-3, .1), (1e-3, .01), (1e-2, .01))],
+    'metaunlearn': [dict(epochs=3, lr=a, eta=e) for a, e in ((1e-3, .03), (1e-3, .01), (1e-2, .003), (1e-2, .001))],
     'scrub': [dict(lr=l, forget_epochs=2, epochs=4, batch_size=64) for l in (3e-3, 1e-2, 3e-2, 6e-2)],
     'bad_teacher': [dict(lr=l, epochs=3, batch_size=64) for l in (3e-4, 1e-3, 3e-3, 1e-2)],
 }
@@ -361,4 +361,4 @@ def tune(
         for e in progress(work, label, len(fresh)):
             if e: print(e)
     t = pd.DataFrame([dict(dataset=d, n_forget=n, method=m, hyper=json.dumps(hp), tow=cell_metrics(store, s)['tow'] if store.has(s) else math.nan) for d, n, m, hp, s in grid])
-    return t.assign(chosen=t.tow.eq(t.groupby(['dataset', 'n_forget', 'method']).tow.transform('max')))
+    return t.assign(chosen=t.index.isin(t.fillna({'tow': -1.}).groupby(['dataset', 'n_forget', 'method']).tow.idxmax()))

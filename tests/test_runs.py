@@ -17,7 +17,7 @@ def store(tmp_path, data_dir): return RunStore(tmp_path / 'runs', data_dir)
 
 def test_a_run_is_made_once_and_carries_its_evidence(store, smoke):
     s = store.spec(smoke, 'mufac', 2, 0, 'neggrad'); run = store.get(s)
-    assert {p.name for p in run.folder.iterdir()} == {'spec.json', 'metrics.json', 'model.safetensors', 'state.safetensors'}
+    assert {p.name for p in run.folder.iterdir()} == {'spec.json', 'request.json', 'metrics.json', 'model.safetensors', 'state.safetensors'}
     assert len(run.metrics['losses']['forget']) == len(store.request(s).forget)
     pre = store.folder(store.pretrain_of(s)); assert {'log.csv', 'request.json', 'model.safetensors'} <= {p.name for p in pre.iterdir()}, 'it made what it depends on'
     t = (run.folder / 'metrics.json').stat().st_mtime_ns; store.get(s); assert (run.folder / 'metrics.json').stat().st_mtime_ns == t
