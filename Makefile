@@ -6,7 +6,6 @@ ARGS   ?=
 BIN     = $(VENV)/bin
 READY   = $(VENV)/.ready
 export PYTHONWARNINGS = ignore::FutureWarning
-export MPLBACKEND ?= Agg
 
 .PHONY: help setup reproduce test notebooks export readme lab benchmark clean
 help:            ## what there is

@@ -6,6 +6,7 @@
 __all__ = ['PRESETS', 'Spec', 'ModelSpec', 'TrainSpec', 'Cell', 'Preset', 'load_preset', 'hyper_table']
 
 # %% ../nbs/api/presets.ipynb #5c0eedb4
+import importlib.resources
 from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 try: import tomllib
@@ -78,7 +79,7 @@ def load_preset(
     name: str,  # smoke | mini | paper, or the path of a .toml file of your own
 ) -> Preset:
     "Read and validate a preset. Raises `ValueError` naming what is wrong."
-    own = str(name).endswith('.toml'); path = Path(name) if own else Path(__file__).parent / 'presets' / f'{name}.toml'
+    own = str(name).endswith('.toml'); path = Path(name) if own else Path(str(importlib.resources.files('oneshui'))) / 'presets' / f'{name}.toml'
     if not own and name not in PRESETS: raise ValueError(f'preset "{name}" is unknown. Valid: {", ".join(PRESETS)}, or the path of a .toml file.')
     if not path.is_file(): raise ValueError(f'{path}: no such preset file.')
     try: return Preset(**tomllib.loads(path.read_text()))

@@ -8,7 +8,7 @@ __all__ = ['TRAININGS', 'ROWS', 'TITLES', 'TABLES', 'COLUMNS', 'CANDIDATES', 'co
            'plot_table', 'Parameters', 'check_parameters', 'open_store', 'tune']
 
 # %% ../nbs/api/runs.ipynb #12ac59b1
-import ast, hashlib, importlib, json, math, os, shutil, time
+import ast, hashlib, importlib, json, math, os, shutil, time, warnings
 from functools import cached_property, lru_cache
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -201,6 +201,14 @@ def _one(store, s):
         store.get(s)
     except (FacesError, FloatingPointError, ValueError, RuntimeError) as e: return f'{s.name}: {type(e).__name__}: {e}'
 
+def _make_all(store, todo, label, n_jobs):
+    # make runs in parallel; returns what went wrong, a line a run
+    if not todo: return []
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message='A worker stopped while some jobs')   # loky renews a worker whose memory has grown; no job is lost
+        work = Parallel(n_jobs, return_as='generator_unordered')(delayed(_one)(RunStore(store.root, store.data_dir), s) for s in todo)
+        return [e for e in progress(work, label, len(todo)) if e]
+
 def _row(store, s):
     _worker()
     if s.method == 'pretrain': m = pretrain_on(store, s); return {k: v for k, v in m.items() if not isinstance(v, (dict, list))} | dict(tow=tug_of_war(m, store.get(store.retrain_of(s)).metrics))
@@ -220,8 +228,7 @@ def run_grid(
     stages = [[s for key, s in grid.items() if key[3] in TRAININGS] + [f(s) for s in grid.values() for f in (store.pretrain_of, store.retrain_of)], [s for key, s in grid.items() if key[3] not in TRAININGS]]
     for label, stage in zip(('training', 'unlearning'), stages):
         todo = [s for s in {s.name: s for s in stage}.values() if not store.has(s)]
-        work = Parallel(n_jobs, return_as='generator_unordered')(delayed(_one)(RunStore(store.root, store.data_dir), s) for s in todo) if todo else []
-        failed = [e for e in progress(work, label, len(todo), quiet=not todo) if e]
+        failed = _make_all(store, todo, label, n_jobs)
         if failed: raise FacesError(f'{len(failed)} of {len(todo)} runs failed; the others are stored.\n' + '\n'.join(failed[:5]))
     keys = [(d, n, k, m) for d, n, k, m in grid]
     missing = [key for key in keys if key[3] == 'pretrain' and key[1] != max(grid[key].sizes)]
@@ -274,6 +281,7 @@ def plot_table(
 ):                          # matplotlib figure
     "The table as a picture: scores against Retrain's, and ToW, a dot a seed."
     import matplotlib.pyplot as plt, seaborn as sns
+    plt.rcParams['svg.hashsalt'] = 'oneshui'   # the same picture gives the same file
     t = results[results.dataset == dataset]; sizes = sorted(t.n_forget.unique()); order = [m for m in ROWS if m in set(t.method)]; colours = dict(zip(('retain', 'forget', 'test'), sns.color_palette('colorblind')))
     fig, axes = plt.subplots(2, len(sizes), figsize=(5.2 * len(sizes), 5.2), layout='constrained', sharex=True, squeeze=False)
     for j, n in enumerate(sizes):
@@ -282,7 +290,7 @@ def plot_table(
         sns.pointplot(a, x='method', y='value', hue='set', order=names, hue_order=list(colours), palette=colours, linestyle='none', errorbar='sd', dodge=.4, ax=axes[0, j], markersize=4, err_kws=dict(linewidth=1))
         for d, c in colours.items(): axes[0, j].axhline(a[(a.set == d) & (a.method == 'Retrain')].value.mean(), color=c, lw=.8, ls=':')
         axes[0, j].set(title=f'{dataset}, $N_S$ = {n}', ylabel='score' if not j else '', xlabel=''); axes[0, j].legend(frameon=False, fontsize=8, ncol=3)
-        w = u[u.metric == 'tow']; sns.stripplot(w, x='method', y='value', order=names, color='.55', size=3.5, ax=axes[1, j]); sns.pointplot(w, x='method', y='value', order=names, color='k', linestyle='none', errorbar=None, marker='_', markersize=14, ax=axes[1, j])
+        w = u[u.metric == 'tow']; sns.stripplot(w, x='method', y='value', order=names, color='.55', size=3.5, jitter=False, ax=axes[1, j]); sns.pointplot(w, x='method', y='value', order=names, color='k', linestyle='none', errorbar=None, marker='_', markersize=14, ax=axes[1, j])
         axes[1, j].axhline(w[w.method == 'Pretrain'].value.mean(), color='.6', lw=.8, ls='--'); axes[1, j].set(ylabel='ToW' if not j else '', xlabel=''); axes[1, j].tick_params(axis='x', rotation=40)
         for l in axes[1, j].get_xticklabels(): l.set_ha('right')
     sns.despine(fig); return fig
@@ -357,8 +365,6 @@ def tune(
     grid = [(d, n, m, hp, store.spec(preset, d, n, seed, m, hp)) for d in datasets for n in preset.cell(d).n_forget for m in methods for hp in candidates[m]]
     for label, todo in (('training', list({s.name: s for *_, g in grid for s in (store.pretrain_of(g), store.retrain_of(g))}.values())), ('unlearning', [g[-1] for g in grid])):
         for d in datasets: store.pixels(d, preset.model.image_size)
-        fresh = [s for s in todo if not store.has(s)]; work = Parallel(n_jobs, return_as='generator_unordered')(delayed(_one)(RunStore(store.root, store.data_dir), s) for s in fresh) if fresh else []
-        for e in progress(work, label, len(fresh)):
-            if e: print(e)
+        for e in _make_all(store, [s for s in todo if not store.has(s)], label, n_jobs): print(e)
     t = pd.DataFrame([dict(dataset=d, n_forget=n, method=m, hyper=json.dumps(hp), tow=cell_metrics(store, s)['tow'] if store.has(s) else math.nan) for d, n, m, hp, s in grid])
     return t.assign(chosen=t.index.isin(t.fillna({'tow': -1.}).groupby(['dataset', 'n_forget', 'method']).tow.idxmax()))

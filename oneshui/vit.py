@@ -7,7 +7,7 @@ __all__ = ['create_model', 'logits_and_cls', 'count_parameters', 'pretrain_backb
            'support_set', 'learning_rate', 'predict', 'fit']
 
 # %% ../nbs/01_vit_finetuning.ipynb #f9b2d859
-import copy, hashlib, json, math, os
+import copy, importlib.resources, json, math, os
 from pathlib import Path
 import warnings
 warnings.filterwarnings('ignore', message='.*torch.jit.script.*', category=FutureWarning)   # timm's import, nothing a reader can act on
@@ -33,7 +33,7 @@ def create_model(
     except (OSError, RuntimeError) as e:
         raise FacesError(f'{spec.arch}: the ImageNet weights could not be downloaded ({type(e).__name__}: {str(e)[:120]}). Go online once, or give model.weights the path of a .safetensors file.') from e
     if spec.weights not in ('timm', 'none'):
-        path = Path(__file__).parent / 'assets/mini_backbone.safetensors' if spec.weights == 'mini' else Path(spec.weights)
+        path = Path(str(importlib.resources.files('oneshui'))) / 'assets/mini_backbone.safetensors' if spec.weights == 'mini' else Path(spec.weights)
         if not path.is_file(): raise FacesError(f'{path}: no such weights file. model.weights is timm, mini, none, or an existing .safetensors file.')
         missing, unknown = m.load_state_dict({k: v.float() for k, v in load_file(path).items() if not k.startswith('head')}, strict=False)
         wrong = [k for k in missing if not k.startswith('head')] + unknown

@@ -1,7 +1,6 @@
 import os
 
 os.environ.setdefault('ONESHUI_PROGRESS', 'off')
-os.environ.setdefault('MPLBACKEND', 'Agg')
 
 import pytest
 import torch

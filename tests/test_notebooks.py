@@ -11,7 +11,7 @@ NOTEBOOKS = sorted(p.relative_to(ROOT) for p in (ROOT / 'nbs').rglob('*.ipynb') 
 
 
 def papermill(notebook, out, *args, cwd=ROOT):
-    env = os.environ | dict(ONESHUI_PROGRESS='off', MPLBACKEND='Agg')
+    env = os.environ | dict(ONESHUI_PROGRESS='off')
     return subprocess.run([BIN / 'papermill', '--no-progress-bar', '--log-level', 'ERROR', '-k', 'python3', notebook, out, *args], cwd=cwd, env=env, capture_output=True, text=True)
 
 
