@@ -108,15 +108,15 @@ class RunStore:
 
     def retrain_of(self, s: RunSpec) -> RunSpec: return s.model_copy(update=dict(method='retrain', hyper={}, code=code_version('retrain')))
 
-    def sets(self, s: RunSpec) -> dict:
-        "The request's ImageSets by name (train, retain, forget, val, test)."
-        r, px = self.request(s), self.pixels(s.dataset, s.model.image_size)
+    def sets(self, s: RunSpec, r=None) -> dict:
+        "The ImageSets of a run's request (or of the given one) by name (train, retain, forget, val, test)."
+        r, px = r or self.request(s), self.pixels(s.dataset, s.model.image_size)
         return {k: ImageSet(px, getattr(r, k)) for k in ('train', 'retain', 'forget', 'val', 'test')}
 
     def request(self, s: RunSpec): return make_request(self.faces(s.dataset), s.n_forget, s.seed, s.sizes)
 
     def _make(self, s: RunSpec):
-        part = self.root / f'.{s.name}.part'; part.mkdir(exist_ok=True); r = self.request(s); D = self.sets(s); state, log = {}, None
+        part = self.root / f'.{s.name}.part'; part.mkdir(exist_ok=True); r = self.request(s); D = self.sets(s, r); log = None
         if s.method in TRAININGS:
             model = create_model(s.model, D['val'].n_classes, s.seed); t0 = time.perf_counter()
             log = fit(model, D['train' if s.method == 'pretrain' else 'retain'], D['val'], s.train, s.seed, resume=part / 'state', quiet=True)
@@ -172,7 +172,7 @@ def cell_metrics(
     store: RunStore, s: RunSpec,
 ) -> dict:  # metric -> value of one cell of a table
     "A run's aggregates on its request, with ToW against the Retrain of the same request."
-    own = store.get(s).metrics; gold = store.get(store.retrain_of(s)).metrics
+    own = pretrain_on(store, s) if s.method == 'pretrain' else store.get(s).metrics; gold = store.get(store.retrain_of(s)).metrics
     return {k: v for k, v in own.items() if not isinstance(v, (dict, list))} | dict(tow=tug_of_war(own, gold))
 
 def pretrain_on(
@@ -209,10 +209,7 @@ def _make_all(store, todo, label, n_jobs):
         work = Parallel(n_jobs, return_as='generator_unordered')(delayed(_one)(RunStore(store.root, store.data_dir), s) for s in todo)
         return [e for e in progress(work, label, len(todo)) if e]
 
-def _row(store, s):
-    _worker()
-    if s.method == 'pretrain': m = pretrain_on(store, s); return {k: v for k, v in m.items() if not isinstance(v, (dict, list))} | dict(tow=tug_of_war(m, store.get(store.retrain_of(s)).metrics))
-    return cell_metrics(store, s)
+def _evaluate_pretrain(store, s): _worker(); pretrain_on(store, s)
 
 def run_grid(
     store: RunStore, preset: Preset,
@@ -234,8 +231,8 @@ def run_grid(
     missing = [key for key in keys if key[3] == 'pretrain' and key[1] != max(grid[key].sizes)]
     jobs = {key: grid[key] if key[3] != 'pretrain' else grid[key].model_copy(update=dict(n_forget=key[1])) for key in keys}
     if any(not (store.folder(store.pretrain_of(jobs[key])) / f'metrics-{key[1]}.json').exists() for key in missing):
-        Parallel(n_jobs)(delayed(_row)(RunStore(store.root, store.data_dir), jobs[key]) for key in missing)
-    rows = [dict(dataset=d, n_forget=n, seed=k, method=m, metric=name, value=v) for (d, n, k, m) in keys for name, v in _row(store, jobs[d, n, k, m]).items()]
+        Parallel(n_jobs)(delayed(_evaluate_pretrain)(RunStore(store.root, store.data_dir), jobs[key]) for key in missing)
+    rows = [dict(dataset=d, n_forget=n, seed=k, method=m, metric=name, value=v) for (d, n, k, m) in keys for name, v in cell_metrics(store, jobs[d, n, k, m]).items()]
     return pd.DataFrame(rows)
 
 # %% ../nbs/api/runs.ipynb #62d29447
