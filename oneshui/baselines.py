@@ -30,11 +30,14 @@ class Method:
     def _accepts(fn): return {k: p for k, p in inspect.signature(fn).parameters.items() if p.kind is p.KEYWORD_ONLY and k not in ('retain', 'forget')} if fn else {}
 
     @property
-    def hyper(self) -> dict: return self._accepts(self.prepare_fn) | self._accepts(self.unlearn_fn)
+    def prepare_hyper(self) -> dict: return self._accepts(self.prepare_fn)
 
-    def check(self, hp: dict):
+    @property
+    def hyper(self) -> dict: return self.prepare_hyper | self._accepts(self.unlearn_fn)
+
+    def check(self, hp: dict, needed: dict | None = None):  # needed: None for both moments, else those of one
         "Raise `TypeError` naming unknown or missing hyper-parameters."
-        valid = self.hyper; unknown = set(hp) - set(valid); missing = {k for k, p in valid.items() if p.default is p.empty} - set(hp)
+        valid = self.hyper; unknown = set(hp) - set(valid); missing = {k for k, p in (valid if needed is None else needed).items() if p.default is p.empty} - set(hp)
         if unknown or missing: raise TypeError(f'method {self.name}: ' + '; '.join(f'{w} hyper-parameter {", ".join(sorted(s))}' for w, s in (('unknown', unknown), ('missing', missing)) if s) + f'. Valid: {", ".join(valid) or "none"}.')
 
     def prepare(self,
@@ -43,9 +46,9 @@ class Method:
         hp: dict,        # hyper-parameters; those of the other moment are ignored
     ) -> dict:           # name -> tensor: all that survives until the request comes
         "What is computed while the data is there."
-        self.check(hp)
+        self.check(hp, self.prepare_hyper)
         if not self.prepare_fn: return {}
-        return self.prepare_fn(copy.deepcopy(model).eval(), train, val, **{k: v for k, v in hp.items() if k in self._accepts(self.prepare_fn)})
+        return self.prepare_fn(copy.deepcopy(model).eval(), train, val, **{k: v for k, v in hp.items() if k in self.prepare_hyper})
 
     def unlearn(self,
         model: nn.Module,
@@ -55,7 +58,7 @@ class Method:
         retain=None, forget=None,  # ImageSets D_r and D_f, for access = 'full' only
     ) -> nn.Module:                # θ_u, a new model in eval mode
         "What is computed when the request comes. Raises `ValueError` if the data that is handed over does not suit the method's access."
-        self.check(hp)
+        self.check(hp, self._accepts(self.unlearn_fn))
         if (self.access == 'full') != (retain is not None and forget is not None): raise ValueError(f'{self.name} has {self.access} access: ' + ('hand it retain and forget.' if self.access == 'full' else 'it must not see retain or forget.'))
         more = dict(retain=retain, forget=forget) if self.access == 'full' else {}
         out = self.unlearn_fn(copy.deepcopy(model).eval(), support, state, **more, **{k: v for k, v in hp.items() if k in self._accepts(self.unlearn_fn)})

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['TRAININGS', 'ROWS', 'TITLES', 'TABLES', 'COLUMNS', 'CANDIDATES', 'code_version', 'RunSpec', 'RunStore', 'Run',
-           'evaluate', 'cell_metrics', 'pretrain_on', 'run_grid', 'make_table', 'method_title', 'format_table',
-           'plot_table', 'Parameters', 'check_parameters', 'open_store', 'tune']
+           'evaluate', 'cell_metrics', 'pretrain_on', 'make_runs', 'measure', 'run_grid', 'make_table', 'method_title',
+           'format_table', 'plot_table', 'Parameters', 'check_parameters', 'open_store', 'tune']
 
 # %% ../nbs/api/runs.ipynb #12ac59b1
-import ast, hashlib, importlib, json, math, os, shutil, time, warnings
+import ast, hashlib, importlib, inspect, json, math, os, shutil, textwrap, time, warnings
 from functools import cached_property, lru_cache
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from filelock import FileLock
 from joblib import Parallel, delayed
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from safetensors.torch import load_file, save_file
 import oneshui.metaunlearn  # registers MetaUnlearn
 from .attacks import loss_mia
@@ -27,7 +27,7 @@ from .vit import ImageSet, create_model, fit, predict, support_set
 
 # %% ../nbs/api/runs.ipynb #0775b40d
 TRAININGS = ('pretrain', 'retrain')
-_MODULES = ['data', 'metrics', 'attacks', 'vit']
+_MODULES = ['data', 'metrics', 'vit']
 
 @lru_cache
 def code_version(
@@ -37,6 +37,7 @@ def code_version(
     own = [] if method in TRAININGS else ['baselines', get_method(method).unlearn_fn.__module__.split('.')[-1]]
     names = [f'oneshui.{m}' for m in _MODULES + own if importlib.util.find_spec(f'oneshui.{m}')]
     src = [ast.dump(ast.parse(Path(importlib.import_module(n).__file__).read_text())) for n in dict.fromkeys(names)]
+    src.append(ast.dump(ast.parse(inspect.getsource(loss_mia))))   # the one attack that a run executes
     return hashlib.sha256('\n'.join(src).encode()).hexdigest()[:8]
 
 class RunSpec(Spec):
@@ -50,13 +51,15 @@ class RunSpec(Spec):
     train: TrainSpec
     method: str           # pretrain, retrain, or a registered method
     hyper: dict = {}      # of the method
+    start: str = Field('pretrain', pattern='^(pretrain|retrain)$')  # the model that is put through the unlearning; 'retrain' makes an attacker's reference model
+    prepared: bool = False  # the method's preparation alone: one serves every request, step size and step count
     code: str             # `code_version`
 
     @property   # not cached: model_copy would hand the old digest on
     def digest(self) -> str: return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
 
     @property
-    def name(self) -> str: return f'{self.dataset}-{self.n_forget}-seed{self.seed}-{self.method}-{self.digest}'
+    def name(self) -> str: return f'{self.dataset}-{self.n_forget}-seed{self.seed}-{self.method}{"-reference" * (self.start == "retrain")}{"-prepared" * self.prepared}-{self.digest}'
 
 # %% ../nbs/api/runs.ipynb #df404a8c
 class RunStore:
@@ -79,23 +82,24 @@ class RunStore:
         method: str,              # pretrain, retrain or a method
         hyper: dict | None = None,# None: what the preset's table says
         sizes: tuple | None = None, # None: the preset's request sizes (and n_forget)
+        start: str = 'pretrain',    # or 'retrain'
     ) -> RunSpec:
         "The specification of one cell of a preset. Raises on unknown names before any work."
         sizes = tuple(sorted(set(sizes or preset.cell(dataset).n_forget) | {n_forget}))
         if method in TRAININGS: hp = {}
         else:
             m = get_method(method); hp = dict(preset.hyper(dataset, method, n_forget) if hyper is None else hyper)
-            if 'n_forget' in m.hyper: hp['n_forget'] = n_forget
+            if 'simulated_size' in m.hyper: hp.setdefault('simulated_size', n_forget)
             m.check(hp)
-        n = max(sizes) if method == 'pretrain' else n_forget
-        return RunSpec(dataset=dataset, fingerprint=self.faces(dataset).fingerprint, n_forget=n, seed=seed, sizes=sizes, model=preset.model, train=preset.recipe(dataset), method=method, hyper=hp, code=code_version(method))
+        return RunSpec(dataset=dataset, fingerprint=self.faces(dataset).fingerprint, n_forget=n_forget, seed=seed, sizes=sizes, model=preset.model, train=preset.recipe(dataset), method=method, hyper=hp, start=start, code=code_version(method))
 
-    def folder(self, s: RunSpec) -> Path: return self.root / s.name
+    def folder(self, s: RunSpec) -> Path: return self.root / (self.pretrain_of(s) if s.method == 'pretrain' else s).name
 
     def has(self, s: RunSpec) -> bool: return (self.folder(s) / 'metrics.json').exists()
 
     def get(self, s: RunSpec) -> 'Run':
         "The run, from the store or made now (with what it depends on). Raises `FacesError` if a stored one does not match its specification."
+        if s.method == 'pretrain': s = self.pretrain_of(s)   # one serves every request size
         if not self.has(s):
             self.root.mkdir(parents=True, exist_ok=True)
             with FileLock(self.root / f'.{s.name}.lock'):
@@ -104,9 +108,30 @@ class RunStore:
         if json.loads(stored) != json.loads(s.model_dump_json()): raise FacesError(f'{self.folder(s)}: the stored spec.json is not the one that its name stands for. Delete this folder; the run will be made again.')
         return Run(self, s)
 
-    def pretrain_of(self, s: RunSpec) -> RunSpec: return s.model_copy(update=dict(method='pretrain', hyper={}, n_forget=max(s.sizes), code=code_version('pretrain')))
+    def pretrain_of(self, s: RunSpec) -> RunSpec: return s.model_copy(update=dict(method='pretrain', hyper={}, n_forget=max(s.sizes), start='pretrain', prepared=False, code=code_version('pretrain')))
 
-    def retrain_of(self, s: RunSpec) -> RunSpec: return s.model_copy(update=dict(method='retrain', hyper={}, code=code_version('retrain')))
+    def retrain_of(self, s: RunSpec) -> RunSpec: return s.model_copy(update=dict(method='retrain', hyper={}, start='pretrain', prepared=False, code=code_version('retrain')))
+
+    def prepared_of(self, s: RunSpec) -> RunSpec:
+        "The preparation that an unlearning needs: it knows of the request's size at most what its hyper-parameters say."
+        own = get_method(s.method).prepare_hyper; n = max(s.sizes) if s.start == 'pretrain' else s.n_forget   # Retrain belongs to one request
+        return s.model_copy(update=dict(prepared=True, n_forget=n, hyper={k: v for k, v in s.hyper.items() if k in own}))
+
+    def reference_of(self, s: RunSpec) -> RunSpec:
+        "The attacker's reference model: Retrain put through the same unlearning; for Pretrain, Retrain itself; for Retrain, that of the largest request, which never saw these people either."
+        if s.method == 'retrain': return s.model_copy(update=dict(n_forget=max(s.sizes)))
+        return self.retrain_of(s) if s.method == 'pretrain' else s.model_copy(update=dict(start='retrain'))
+
+    def cached(self,
+        name: str, key: dict,  # everything that determines the result
+        make,                  # () -> something JSON-able
+    ):
+        "A small result that is neither a training nor an unlearning, made once."
+        f = self.root / 'results' / f'{name}-{hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]}.json'; f.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f.with_suffix('.lock')):
+            if not f.exists(): tmp = f.with_suffix('.tmp'); tmp.write_text(json.dumps(make())); os.replace(tmp, f)
+        try: return json.loads(f.read_text())
+        except json.JSONDecodeError as e: raise FacesError(f'{f}: cannot be read ({e}). Delete this file; it will be made again.') from e
 
     def sets(self, s: RunSpec, r=None) -> dict:
         "The ImageSets of a run's request (or of the given one) by name (train, retain, forget, val, test)."
@@ -115,6 +140,11 @@ class RunStore:
 
     def request(self, s: RunSpec): return make_request(self.faces(s.dataset), s.n_forget, s.seed, s.sizes)
 
+    def prepared(self, s: RunSpec) -> tuple:
+        "What the method of `s` kept from the time when the data was there (name -> tensor), and the seconds it took."
+        if not get_method(s.method).prepare_fn: return {}, 0.
+        run = self.get(self.prepared_of(s)); return run.state(), run.metrics['prepare_seconds']
+
     def _make(self, s: RunSpec):
         part = self.root / f'.{s.name}.part'; part.mkdir(exist_ok=True); r = self.request(s); D = self.sets(s, r); log = None
         if s.method in TRAININGS:
@@ -122,16 +152,19 @@ class RunStore:
             log = fit(model, D['train' if s.method == 'pretrain' else 'retain'], D['val'], s.train, s.seed, resume=part / 'state', quiet=True)
             timing = dict(seconds=time.perf_counter() - t0, prepare_seconds=0.)
         else:
-            before = self.get(self.pretrain_of(s)).model(); m = get_method(s.method); torch.manual_seed(1_000_000 + s.seed); t0 = time.perf_counter()
-            prepared = m.prepare(before, D['train'], D['val'], s.hyper); t1 = time.perf_counter()
-            save_file({k: v.contiguous().cpu() for k, v in prepared.items()}, part / 'state.safetensors')
-            state = load_file(part / 'state.safetensors'); del prepared   # what survives is what was written, nothing else
-            full = dict(retain=D['retain'], forget=D['forget']) if m.access == 'full' else {}; torch.manual_seed(2_000_000 + s.seed); S = support_set(D['val'].pixels, r.support); t2 = time.perf_counter()
-            model = m.unlearn(before, S, state, s.hyper, **full); timing = dict(seconds=time.perf_counter() - t2, prepare_seconds=t1 - t0)
-        metrics = evaluate(model, D, s.train) | timing
+            before = self.get(self.pretrain_of(s) if s.start == 'pretrain' else self.retrain_of(s)).model(); m = get_method(s.method)
+            if s.prepared:
+                torch.manual_seed(1_000_000 + s.seed); t0 = time.perf_counter()
+                state = m.prepare(before, D['train'], D['val'], s.hyper)   # a reference too: the same unlearning, from a model that never saw D_f
+                model, timing = None, dict(prepare_seconds=time.perf_counter() - t0); save_file({k: v.contiguous().cpu() for k, v in state.items()}, part / 'state.safetensors')
+            else:
+                state, prepare_seconds = self.prepared(s)   # what survives is what was written, nothing else
+                full = dict(retain=D['retain'], forget=D['forget']) if m.access == 'full' else {}; torch.manual_seed(2_000_000 + s.seed); S = support_set(D['val'].pixels, r.support); t0 = time.perf_counter()
+                model = m.unlearn(before, S, state, s.hyper, **full); timing = dict(seconds=time.perf_counter() - t0, prepare_seconds=prepare_seconds)
+        metrics = timing if s.prepared or s.start == 'retrain' else evaluate(model, D, s.train) | timing
         r.save(part / 'request.json')
         if log is not None: log.to_csv(part / 'log.csv', index=False)
-        save_file({k: v.contiguous().cpu() for k, v in model.state_dict().items()}, part / 'model.safetensors')
+        if model is not None: save_file({k: v.contiguous().cpu() for k, v in model.state_dict().items()}, part / 'model.safetensors')
         (part / 'spec.json').write_text(s.model_dump_json(indent=1)); (part / 'metrics.json').write_text(json.dumps(metrics)); shutil.rmtree(part / 'state', ignore_errors=True)
         shutil.rmtree(self.folder(s), ignore_errors=True); os.replace(part, self.folder(s))
 
@@ -152,7 +185,10 @@ class Run:
         except Exception as e: raise FacesError(f'{f}: cannot be read ({type(e).__name__}: {e}). Delete this folder; the run will be made again.') from e
         return m.eval()
 
-    def state(self) -> dict: return load_file(self.folder / 'state.safetensors')
+    def state(self) -> dict:
+        "A preparation's tensors. Raises `FacesError` if they are damaged."
+        try: return load_file(self.folder / 'state.safetensors')
+        except Exception as e: raise FacesError(f'{self.folder / "state.safetensors"}: cannot be read ({type(e).__name__}: {e}). Delete this folder; the run will be made again.') from e
 
 # %% ../nbs/api/runs.ipynb #837739c6
 def evaluate(
@@ -209,7 +245,40 @@ def _make_all(store, todo, label, n_jobs):
         work = Parallel(n_jobs, return_as='generator_unordered')(delayed(_one)(RunStore(store.root, store.data_dir), s) for s in todo)
         return [e for e in progress(work, label, len(todo)) if e]
 
+def _missing_evaluation(store, s): return s.method == 'pretrain' and s.n_forget != max(s.sizes) and not (store.folder(s) / f'metrics-{s.n_forget}.json').exists()
+
 def _evaluate_pretrain(store, s): _worker(); pretrain_on(store, s)
+
+def make_runs(
+    store: RunStore,
+    specs: list,        # RunSpecs
+    n_jobs: int = 2,    # processes
+):
+    "Make every run that the store does not hold, with what it depends on. Raises `FacesError` naming every run that failed, after the others are done and stored."
+    for d, size in {(s.dataset, s.model.image_size) for s in specs}: store.pixels(d, size)   # read, check and decode before any training
+    for d, n, k, sizes in {(s.dataset, s.n_forget, s.seed, s.sizes) for s in specs}: make_request(store.faces(d), n, k, sizes)
+    methods = [s for s in specs if s.method not in TRAININGS]; trainings = lambda s: [store.pretrain_of(s), store.retrain_of(s)]
+    prepared = lambda s: [store.prepared_of(s)] if get_method(s.method).prepare_fn else []; failed, asked = [], 0
+    stages = [('training', [t for s in specs for t in trainings(s)], lambda s: []), ('preparing', [t for s in methods for t in prepared(s)], trainings), ('unlearning', methods, lambda s: trainings(s) + prepared(s))]
+    for label, stage, needs in stages:   # what depends on a failed run is not tried
+        todo = [s for s in {s.name: s for s in stage}.values() if not store.has(s) and all(store.has(t) for t in needs(s))]; asked += len(todo); failed += _make_all(store, todo, label, n_jobs)
+    if failed: raise FacesError(f'{len(failed)} of {asked} runs failed; the others are stored.\n' + '\n'.join(failed[:5]))
+    todo = [s for s in specs if _missing_evaluation(store, s)]
+    if todo: Parallel(n_jobs)(delayed(_evaluate_pretrain)(RunStore(store.root, store.data_dir), s) for s in todo)
+
+def _measured(store, fn, s, options):
+    _worker(); code = hashlib.sha256(ast.dump(ast.parse(textwrap.dedent(inspect.getsource(fn)))).encode()).hexdigest()[:8]
+    return store.cached(fn.__name__, dict(code=code, spec=s.model_dump(), options=options), lambda: fn(store, s, **options))
+
+def measure(
+    store: RunStore,
+    fn,                  # (store, spec, **options) -> something JSON-able; a function of a module
+    jobs: list,          # (RunSpec, options) each
+    label: str = 'measuring', n_jobs: int = 2,
+) -> list:               # results, in the order of the jobs
+    "What `fn` finds out about runs, in parallel, each result kept in the store."
+    work = Parallel(n_jobs, return_as='generator')(delayed(_measured)(RunStore(store.root, store.data_dir), fn, s, o) for s, o in jobs)
+    return list(progress(work, label, len(jobs)))
 
 def run_grid(
     store: RunStore, preset: Preset,
@@ -218,22 +287,9 @@ def run_grid(
     n_jobs: int = 2,            # processes
 ) -> pd.DataFrame:              # tidy: dataset, n_forget, seed, method, metric, value
     "All runs of a grid, as one tidy table. Raises `FacesError` naming every run that failed, after the others are done and stored."
-    cells = [(d, n, k) for d in datasets for n in preset.cell(d).n_forget for k in seeds]
-    for d in datasets: store.pixels(d, preset.model.image_size)             # read, check and decode before any training
-    for d, n, k in cells: make_request(store.faces(d), n, k, tuple(preset.cell(d).n_forget))
-    grid = {(d, n, k, m): store.spec(preset, d, n, k, m) for d, n, k in cells for m in methods}
-    stages = [[s for key, s in grid.items() if key[3] in TRAININGS] + [f(s) for s in grid.values() for f in (store.pretrain_of, store.retrain_of)], [s for key, s in grid.items() if key[3] not in TRAININGS]]
-    for label, stage in zip(('training', 'unlearning'), stages):
-        todo = [s for s in {s.name: s for s in stage}.values() if not store.has(s)]
-        failed = _make_all(store, todo, label, n_jobs)
-        if failed: raise FacesError(f'{len(failed)} of {len(todo)} runs failed; the others are stored.\n' + '\n'.join(failed[:5]))
-    keys = [(d, n, k, m) for d, n, k, m in grid]
-    missing = [key for key in keys if key[3] == 'pretrain' and key[1] != max(grid[key].sizes)]
-    jobs = {key: grid[key] if key[3] != 'pretrain' else grid[key].model_copy(update=dict(n_forget=key[1])) for key in keys}
-    if any(not (store.folder(store.pretrain_of(jobs[key])) / f'metrics-{key[1]}.json').exists() for key in missing):
-        Parallel(n_jobs)(delayed(_evaluate_pretrain)(RunStore(store.root, store.data_dir), jobs[key]) for key in missing)
-    rows = [dict(dataset=d, n_forget=n, seed=k, method=m, metric=name, value=v) for (d, n, k, m) in keys for name, v in cell_metrics(store, jobs[d, n, k, m]).items()]
-    return pd.DataFrame(rows)
+    grid = {(d, n, k, m): store.spec(preset, d, n, k, m) for d in datasets for n in preset.cell(d).n_forget for k in seeds for m in methods}
+    make_runs(store, list(grid.values()), n_jobs)
+    return pd.DataFrame([dict(dataset=d, n_forget=n, seed=k, method=m, metric=name, value=v) for (d, n, k, m), s in grid.items() for name, v in cell_metrics(store, s).items()])
 
 # %% ../nbs/api/runs.ipynb #62d29447
 COLUMNS = ('retain', 'forget', 'test', 'mia', 'tow')
@@ -360,8 +416,7 @@ def tune(
     seed = preset.tuning_seed
     if seed is None or seed in preset.seeds: raise ValueError(f'preset {preset.name}: tuning_seed = {seed} must be given and must not be reported.')
     grid = [(d, n, m, hp, store.spec(preset, d, n, seed, m, hp)) for d in datasets for n in preset.cell(d).n_forget for m in methods for hp in candidates[m]]
-    for label, todo in (('training', list({s.name: s for *_, g in grid for s in (store.pretrain_of(g), store.retrain_of(g))}.values())), ('unlearning', [g[-1] for g in grid])):
-        for d in datasets: store.pixels(d, preset.model.image_size)
-        for e in _make_all(store, [s for s in todo if not store.has(s)], label, n_jobs): print(e)
+    try: make_runs(store, [g[-1] for g in grid], n_jobs)
+    except FacesError as e: print(e)   # a candidate that diverges is not chosen
     t = pd.DataFrame([dict(dataset=d, n_forget=n, method=m, hyper=json.dumps(hp), tow=cell_metrics(store, s)['tow'] if store.has(s) else math.nan) for d, n, m, hp, s in grid])
     return t.assign(chosen=t.index.isin(t.fillna({'tow': -1.}).groupby(['dataset', 'n_forget', 'method']).tow.idxmax()))
