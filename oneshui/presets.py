@@ -52,6 +52,7 @@ class Preset(Spec):
     seeds: list[int]
     tuning_seed: int | None = None      # the seed that hyper-parameters were chosen on; never reported
     portraits: dict = {}                # arguments of `write_portraits` for the embedded data
+    focus: list[str] = []               # data sets of ablations, robustness and released-code experiments where none are asked for; empty: all
     model: ModelSpec
     train: TrainSpec
     cells: dict[str, Cell]

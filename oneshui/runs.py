@@ -9,6 +9,7 @@ __all__ = ['TRAININGS', 'ROWS', 'TITLES', 'TABLES', 'COLUMNS', 'CANDIDATES', 'co
 
 # %% ../nbs/api/runs.ipynb #12ac59b1
 import ast, hashlib, importlib, inspect, json, math, os, shutil, textwrap, time, warnings
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -227,14 +228,18 @@ ROWS = ('pretrain', 'retrain', 'neggrad', 'ssd', 'pgu', 'jit', 'metaunlearn', 's
 TITLES = {'pretrain': 'Pretrain', 'retrain': 'Retrain'}
 TABLES = {'celebahq': 'table1_celebahq', 'celeba': 'table2_celeba', 'mufac': 'table3_mufac', 'mufac_merged': 'table3_mufac_merged'}
 
+@contextmanager
 def _worker():
-    # two processes with a thread each beat one process with two; and nobody sees a worker's progress bar
-    torch.set_num_threads(1); os.environ['ONESHUI_PROGRESS'] = 'off'
+    # one thread a job, whatever n_jobs is: two processes with a thread each beat one with two, and sums come out the same; nobody sees a worker's progress bar
+    threads, shown = torch.get_num_threads(), os.environ.get('ONESHUI_PROGRESS'); torch.set_num_threads(1); os.environ['ONESHUI_PROGRESS'] = 'off'
+    try: yield
+    finally:
+        torch.set_num_threads(threads); os.environ.pop('ONESHUI_PROGRESS')
+        if shown is not None: os.environ['ONESHUI_PROGRESS'] = shown
 
 def _one(store, s):
-    _worker()
     try:
-        store.get(s)
+        with _worker(): store.get(s)
     except (FacesError, FloatingPointError, ValueError, RuntimeError) as e: return f'{s.name}: {type(e).__name__}: {e}'
 
 def _make_all(store, todo, label, n_jobs):
@@ -247,7 +252,8 @@ def _make_all(store, todo, label, n_jobs):
 
 def _missing_evaluation(store, s): return s.method == 'pretrain' and s.n_forget != max(s.sizes) and not (store.folder(s) / f'metrics-{s.n_forget}.json').exists()
 
-def _evaluate_pretrain(store, s): _worker(); pretrain_on(store, s)
+def _evaluate_pretrain(store, s):
+    with _worker(): pretrain_on(store, s)
 
 def make_runs(
     store: RunStore,
@@ -257,18 +263,27 @@ def make_runs(
     "Make every run that the store does not hold, with what it depends on. Raises `FacesError` naming every run that failed, after the others are done and stored."
     for d, size in {(s.dataset, s.model.image_size) for s in specs}: store.pixels(d, size)   # read, check and decode before any training
     for d, n, k, sizes in {(s.dataset, s.n_forget, s.seed, s.sizes) for s in specs}: make_request(store.faces(d), n, k, sizes)
-    methods = [s for s in specs if s.method not in TRAININGS]; trainings = lambda s: [store.pretrain_of(s), store.retrain_of(s)]
+    methods = [s for s in specs if s.method not in TRAININGS]; base = lambda s: [store.pretrain_of(s) if s.start == 'pretrain' else store.retrain_of(s)]
     prepared = lambda s: [store.prepared_of(s)] if get_method(s.method).prepare_fn else []; failed, asked = [], 0
-    stages = [('training', [t for s in specs for t in trainings(s)], lambda s: []), ('preparing', [t for s in methods for t in prepared(s)], trainings), ('unlearning', methods, lambda s: trainings(s) + prepared(s))]
+    stages = [('training', [f(s) for s in specs for f in (store.pretrain_of, store.retrain_of)], lambda s: []), ('preparing', [t for s in methods for t in prepared(s)], base), ('unlearning', methods, lambda s: base(s) + prepared(s))]
     for label, stage, needs in stages:   # what depends on a failed run is not tried
         todo = [s for s in {s.name: s for s in stage}.values() if not store.has(s) and all(store.has(t) for t in needs(s))]; asked += len(todo); failed += _make_all(store, todo, label, n_jobs)
     if failed: raise FacesError(f'{len(failed)} of {asked} runs failed; the others are stored.\n' + '\n'.join(failed[:5]))
     todo = [s for s in specs if _missing_evaluation(store, s)]
     if todo: Parallel(n_jobs)(delayed(_evaluate_pretrain)(RunStore(store.root, store.data_dir), s) for s in todo)
 
+def _functions(fn, seen):
+    # fn and the functions of this package that it calls, by name
+    seen[fn.__qualname__] = fn; codes = [fn.__code__]
+    for c in codes:
+        codes += [k for k in c.co_consts if inspect.iscode(k)]
+        for g in (fn.__globals__.get(n) for n in c.co_names):
+            if inspect.isfunction(inspect.unwrap(g) if callable(g) else g) and (g := inspect.unwrap(g)).__module__.startswith('oneshui') and g.__qualname__ not in seen: _functions(g, seen)
+    return seen
+
 def _measured(store, fn, s, options):
-    _worker(); code = hashlib.sha256(ast.dump(ast.parse(textwrap.dedent(inspect.getsource(fn)))).encode()).hexdigest()[:8]
-    return store.cached(fn.__name__, dict(code=code, spec=s.model_dump(), options=options), lambda: fn(store, s, **options))
+    src = [ast.dump(ast.parse(textwrap.dedent(inspect.getsource(f)))) for _, f in sorted(_functions(fn, {}).items())]; code = hashlib.sha256('\n'.join(src).encode()).hexdigest()[:8]
+    with _worker(): return store.cached(fn.__name__, dict(code=code, spec=s.model_dump(), options=options), lambda: fn(store, s, **options))
 
 def measure(
     store: RunStore,

@@ -1,5 +1,6 @@
-"""Every notebook runs from top to bottom at the smallest preset; 05_tables headless, from both folders, twice."""
+"""Every notebook runs from top to bottom at the smallest preset; 05_tables headless, from both folders, twice; 06-11 on its store."""
 import json, os, subprocess, sys, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
@@ -7,7 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
-NOTEBOOKS = sorted(p.relative_to(ROOT) for p in (ROOT / 'nbs').rglob('*.ipynb') if p.stem not in ('05_tables',))
+EVALUATION = ['06_figures', '07_attacks', '08_ablations', '09_robustness', '10_similarity', '11_released_code']
+NOTEBOOKS = sorted(p.relative_to(ROOT) for p in (ROOT / 'nbs').rglob('*.ipynb') if p.stem not in ('05_tables', *EVALUATION))
 
 
 def papermill(notebook, out, *args, cwd=ROOT):
@@ -47,6 +49,28 @@ def test_tables_again_from_the_other_folder_are_the_same_and_make_nothing(tables
     assert {p: p.stat().st_mtime_ns for p in (tables / 'runs').rglob('metrics*.json')} == before, 'a finished run was made again'
     for name in ('results.csv', 'table1_celebahq.md', 'table3_mufac.tex'):
         assert (tables / 'again' / name).read_bytes() == (tables / 'figures' / name).read_bytes()
+
+
+@pytest.fixture(scope='module')
+def evaluation(tables):
+    run = lambda n: papermill(f'nbs/{n}.ipynb', tables / f'{n}.ipynb', '-p', 'preset', 'smoke', '-p', 'store', tables / 'runs', '-p', 'out_dir', tables / 'figures', '-p', 'n_jobs', '1')
+    with ThreadPoolExecutor(2) as two: return dict(zip(EVALUATION, two.map(run, EVALUATION)))   # two processes in one store, as it happens
+
+
+@pytest.mark.parametrize('notebook, files', list(zip(EVALUATION, [
+    ['split_celeba.png', 'split_celebahq.svg', 'split_mufac.png', 'scatter.svg', 'tow.png', 'roc.svg', 'similarity.png', 'meta_training.svg'], ['attack_rmia.md', 'attack_change.tex', 'attacks.csv', 'attacks.png'],
+    [f'ablation_{g}.{e}' for g in ('objective', 'inputs', 'distance', 'steps', 'requests') for e in ('csv', 'md', 'tex', 'png', 'svg')], ['robustness.md', 'single.csv', 'sequence.tex', 'sequence.png'],
+    ['similarity.csv', 'similarity_images.md', 'similarity_portrait.svg'], ['released_code.csv', 'released_code.md']])))
+def test_evaluation_headless(evaluation, tables, notebook, files):
+    assert evaluation[notebook].returncode == 0, evaluation[notebook].stderr[-3000:]
+    for f in files: assert (tables / 'figures' / f).stat().st_size > 100, f
+
+
+def test_evaluation_tables_hold_numbers(evaluation, tables):
+    read = lambda n: pd.read_csv(tables / f'figures/{n}.csv')
+    a = read('attacks'); assert set(a.attack) == {'loss', 'loss_released', 'rmia', 'rmia_best'} and a.auc.between(0, 100).all() and len(a) == 4 * 3 * 9, 'one seed: no U-LiRA'
+    r = read('released_code'); assert {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12} == set(r.item) and r[['paper', 'code', 'difference']].notna().all().all()
+    steps = read('ablation_steps'); assert len(steps) == 5 and (steps.n == 1).all() and steps.tow_half.isna().all(), 'one seed has no interval'
 
 
 @pytest.mark.parametrize('args, says', [
