@@ -270,7 +270,7 @@ def attack_runs(
         rows += [dict(dataset=d, n_forget=n, seed=k, method=m, attack=a, setting=c) | attack_summary(*scores[key, a], people=None if a == 'rmia_released' else people) for a, c in settings.items() if (key, a) in scores]
     return pd.DataFrame(rows), scores
 
-# %% ../nbs/api/analysis.ipynb #d2d5a5b6
+# %% ../nbs/api/analysis.ipynb #a9f9752a
 def _prepared_otherwise(store, s, train, hp):
     # scores after preparing on another training set
     r = store.request(s); D = store.sets(s, r); m = get_method(s.method); before = store.get(store.pretrain_of(s)).model(); torch.manual_seed(1_000_000 + s.seed); state = m.prepare(before, train(D), D['val'], hp)
@@ -287,15 +287,14 @@ def prepared_with_single_images(store: RunStore, s: RunSpec, singles: str, share
         _, first = np.unique(who, return_index=True); return D['train'].subset(np.flatnonzero(~np.isin(who, poor) | np.isin(np.arange(len(who)), first)))
     return _prepared_otherwise(store, s, thinned, s.hyper | dict(singles=singles))
 
+@torch.no_grad()
 def scaled_as_released(store: RunStore, s: RunSpec, data_dir: str) -> dict:
-    "Test scores with images from `data_dir` (the same pictures, larger): 'ours' resizes with antialiasing, 'released' normalises first and resizes without."
-    faces, r, size = read_faces(s.dataset, data_dir), store.request(s), s.model.image_size; model = store.get(s).model(); y = torch.from_numpy(store.faces(s.dataset).targets[r.test])
-    raw = [normalise(torch.from_numpy(portrait(faces, int(i)).transpose(2, 0, 1).copy())) for i in r.test]
-    @torch.no_grad()
-    def scored(antialias):
-        x = torch.stack([v2.functional.resize(a, [size, size], antialias=antialias) for a in raw])
-        return score(torch.cat([model(b.to(device_of(model))).float().cpu() for b in x.split(256)]), y)
-    return dict(ours=scored(True), released=scored(False))
+    "Test scores with images from `data_dir` at their own size: 'ours' resizes with antialiasing, 'released' normalises first and resizes without."
+    faces, r, size = read_faces(s.dataset, data_dir), store.request(s), s.model.image_size; model = store.get(s).model(); y = torch.from_numpy(store.faces(s.dataset).targets[r.test]); logits = dict(ours=[], released=[])
+    for rows in np.array_split(r.test, max(1, len(r.test) // 128)):
+        raw = [normalise(torch.from_numpy(portrait(faces, int(i)).transpose(2, 0, 1).copy())) for i in rows]
+        for name, antialias in (('ours', True), ('released', False)): logits[name].append(model(torch.stack([v2.functional.resize(a, [size, size], antialias=antialias) for a in raw]).to(device_of(model))).float().cpu())
+    return {k: score(torch.cat(v), y) for k, v in logits.items()}
 
 def shared_images(
     faces, r: Request,

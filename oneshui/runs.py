@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRAININGS', 'ROWS', 'TITLES', 'TABLES', 'COLUMNS', 'CANDIDATES', 'code_version', 'RunSpec', 'RunStore', 'Run',
            'evaluate', 'cell_metrics', 'pretrain_on', 'make_runs', 'measure', 'run_grid', 'make_table', 'method_title',
-           'format_table', 'plot_table', 'Parameters', 'check_parameters', 'open_store', 'tune']
+           'format_table', 'plot_table', 'Parameters', 'check_parameters', 'out_folder', 'open_store', 'tune']
 
 # %% ../nbs/api/runs.ipynb #12ac59b1
 import ast, hashlib, importlib, inspect, json, math, os, shutil, textwrap, time, warnings
@@ -401,6 +401,12 @@ def check_parameters(
     if p.data_dir and not Path(p.data_dir).is_dir(): raise ValueError(f'data_dir = {p.data_dir}: no such folder. It should hold {", ".join(sorted({f for f, _ in READERS.values()}))}.')
     if not p.data_dir and not preset.portraits: raise ValueError(f'preset {preset.name} needs data_dir, the folder with {", ".join(sorted({f for f, _ in READERS.values()}))}.')
     return p.model_copy(update=dict(datasets=datasets, seeds=p.seeds or preset.seeds)), preset
+
+def out_folder(
+    p: Parameters, preset: Preset,
+) -> Path:  # exists
+    "Where a notebook's tables and pictures go."
+    out = Path(p.out_dir) if p.out_dir else project_root() / 'figures' / preset.name; out.mkdir(parents=True, exist_ok=True); return out
 
 def open_store(
     p: Parameters, preset: Preset,
