@@ -242,13 +242,16 @@ def _one(store, s):
         with _worker(): store.get(s)
     except (FacesError, FloatingPointError, ValueError, RuntimeError) as e: return f'{s.name}: {type(e).__name__}: {e}'
 
-def _make_all(store, todo, label, n_jobs):
-    # make runs in parallel; returns what went wrong, a line a run
-    if not todo: return []
+def _in_parallel(jobs, n_jobs, label, order='generator'):
+    # results of joblib's delayed calls, with a progress bar
+    if not jobs: return []
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='A worker stopped while some jobs')   # loky renews a worker whose memory has grown; no job is lost
-        work = Parallel(n_jobs, return_as='generator_unordered')(delayed(_one)(RunStore(store.root, store.data_dir), s) for s in todo)
-        return [e for e in progress(work, label, len(todo)) if e]
+        return list(progress(Parallel(n_jobs, return_as=order)(jobs), label, len(jobs)))
+
+def _make_all(store, todo, label, n_jobs):
+    # make runs; returns what went wrong, a line a run
+    return [e for e in _in_parallel([delayed(_one)(RunStore(store.root, store.data_dir), s) for s in todo], n_jobs, label, 'generator_unordered') if e]
 
 def _missing_evaluation(store, s): return s.method == 'pretrain' and s.n_forget != max(s.sizes) and not (store.folder(s) / f'metrics-{s.n_forget}.json').exists()
 
@@ -292,8 +295,7 @@ def measure(
     label: str = 'measuring', n_jobs: int = 2,
 ) -> list:               # results, in the order of the jobs
     "What `fn` finds out about runs, in parallel, each result kept in the store."
-    work = Parallel(n_jobs, return_as='generator')(delayed(_measured)(RunStore(store.root, store.data_dir), fn, s, o) for s, o in jobs)
-    return list(progress(work, label, len(jobs)))
+    return _in_parallel([delayed(_measured)(RunStore(store.root, store.data_dir), fn, s, o) for s, o in jobs], n_jobs, label)
 
 def run_grid(
     store: RunStore, preset: Preset,
