@@ -17,7 +17,7 @@ from filelock import FileLock
 from joblib import Parallel, delayed
 from pydantic import Field, ValidationError
 from safetensors.torch import load_file, save_file
-import oneshui.metaunlearn  # registers MetaUnlearn
+import oneshui.metaunlearn, oneshui.metastep  # register their methods
 from .attacks import loss_mia
 from .baselines import METHODS, get_method
 from .data import Faces, FacesError, Pixels, READERS, Request, make_request, project_root, read_faces
@@ -35,7 +35,8 @@ def code_version(
     method: str,  # pretrain, retrain or a method
 ) -> str:         # 8 hex digits
     "Hash of the source (without comments) that a run of this method executes."
-    own = [] if method in TRAININGS else ['baselines', get_method(method).unlearn_fn.__module__.split('.')[-1]]
+    module = None if method in TRAININGS else inspect.getmodule(get_method(method).unlearn_fn)
+    own = ['baselines', *(m for m in ('metaunlearn',) if any(getattr(v, '__module__', '') == f'oneshui.{m}' for v in vars(module).values())), module.__name__.split('.')[-1]] if module else []
     names = [f'oneshui.{m}' for m in _MODULES + own if importlib.util.find_spec(f'oneshui.{m}')]
     src = [ast.dump(ast.parse(Path(importlib.import_module(n).__file__).read_text())) for n in dict.fromkeys(names)]
     src.append(ast.dump(ast.parse(inspect.getsource(loss_mia))))   # the one attack that a run executes
@@ -224,7 +225,7 @@ def pretrain_on(
     return json.loads(f.read_text())
 
 # %% ../nbs/api/runs.ipynb #f2fdca77
-ROWS = ('pretrain', 'retrain', 'neggrad', 'ssd', 'pgu', 'jit', 'metaunlearn', 'scrub', 'bad_teacher')
+ROWS = ('pretrain', 'retrain', 'neggrad', 'ssd', 'pgu', 'jit', 'metaunlearn', 'metastep', 'scrub', 'bad_teacher')
 TITLES = {'pretrain': 'Pretrain', 'retrain': 'Retrain'}
 TABLES = {'celebahq': 'table1_celebahq', 'celeba': 'table2_celeba', 'mufac': 'table3_mufac', 'mufac_merged': 'table3_mufac_merged'}
 
@@ -425,6 +426,7 @@ CANDIDATES = {
     'pgu': [dict(lr=l, epochs=5, gamma=g) for l, g in ((.1, .9), (1., .9), (10., .9), (1., .5))],
     'jit': [dict(lr=l, sigma=s) for l, s in ((.1, .5), (1., .5), (.1, 30), (1., 30))],
     'metaunlearn': [dict(epochs=3, lr=a, eta=e) for a, e in ((1e-3, .03), (1e-3, .01), (1e-2, .003), (1e-2, .001))],
+    'metastep': [dict(), dict(keep=.5), dict(sizes='tensor'), dict(loss='both')],
     'scrub': [dict(lr=l, forget_epochs=2, epochs=4, batch_size=64) for l in (3e-3, 1e-2, 3e-2, 6e-2)],
     'bad_teacher': [dict(lr=l, epochs=3, batch_size=64) for l in (3e-4, 1e-3, 3e-3, 1e-2)],
 }
