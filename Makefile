@@ -7,7 +7,7 @@ BIN     = $(VENV)/bin
 READY   = $(VENV)/.ready
 export PYTHONWARNINGS = ignore::FutureWarning
 
-.PHONY: help setup reproduce evaluate test notebooks export readme lab benchmark clean
+.PHONY: help setup reproduce evaluate metastep test notebooks export readme lab benchmark clean
 help:            ## what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
 
@@ -28,9 +28,14 @@ reproduce: $(READY) ## Tables 1-3 on the embedded portraits, into figures/mini/ 
 	@echo "== done: see figures/$(PRESET)/ and the executed notebook build/05_tables.ipynb"
 
 EVALUATION = 06_figures 07_attacks 08_ablations 09_robustness 10_similarity 11_released_code
-evaluate: $(READY) ## the rest of the evaluation, on the runs of `make reproduce`: figures, attacks, ablations, robustness, similarity
+METASTEP   = 12_metastep 13_metastep_results
+evaluate: CHAPTERS = $(EVALUATION)
+evaluate:        ## the rest of the evaluation, on the runs of `make reproduce`: figures, attacks, ablations, robustness, similarity
+metastep: CHAPTERS = $(METASTEP)
+metastep:        ## our own method against the others over five seeds, on the same runs
+evaluate metastep: $(READY)
 	@mkdir -p build
-	for n in $(EVALUATION); do echo "== $$n (preset $(PRESET))"; \
+	for n in $(CHAPTERS); do echo "== $$n (preset $(PRESET))"; \
 	  ONESHUI_PROGRESS=text $(BIN)/papermill --log-output --no-progress-bar nbs/$$n.ipynb build/$$n.ipynb -k python3 -p preset $(PRESET) $(ARGS) || exit 1; done
 	@echo "== done: see figures/$(PRESET)/ and the executed notebooks in build/"
 
@@ -44,7 +49,7 @@ readme: $(READY) ## nbs/index.ipynb -> README.md
 	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=remove-input --output-dir . --output README.md nbs/index.ipynb
 
 notebooks: $(READY) ## execute all notebooks in place at their defaults, then clean them
-	for n in nbs/api/portraits nbs/00_data_splits nbs/api/presets nbs/api/metrics nbs/api/attacks nbs/01_vit_finetuning nbs/02_baselines nbs/03_metaunlearn nbs/04_a100_training nbs/api/runs nbs/api/analysis nbs/05_tables $(EVALUATION:%=nbs/%) nbs/index; do \
+	for n in nbs/api/portraits nbs/00_data_splits nbs/api/presets nbs/api/metrics nbs/api/attacks nbs/01_vit_finetuning nbs/02_baselines nbs/03_metaunlearn nbs/04_a100_training nbs/api/runs nbs/api/analysis nbs/05_tables $(EVALUATION:%=nbs/%) $(METASTEP:%=nbs/%) nbs/index; do \
 	  echo "== $$n"; ONESHUI_PROGRESS=off $(BIN)/papermill --no-progress-bar --log-level ERROR -k python3 $$n.ipynb $$n.ipynb || exit 1; done
 	$(BIN)/nbdev_clean && $(MAKE) readme
 

@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom at the smallest preset; 05_tables headless, from both folders, twice; 06-11 on its store."""
+"""Every notebook runs from top to bottom at the smallest preset; 05_tables headless, from both folders, twice; 06-13 on its store."""
 import json, os, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
-EVALUATION = ['06_figures', '07_attacks', '08_ablations', '09_robustness', '10_similarity', '11_released_code']
+EVALUATION = ['06_figures', '07_attacks', '08_ablations', '09_robustness', '10_similarity', '11_released_code', '12_metastep', '13_metastep_results']
 NOTEBOOKS = sorted(p.relative_to(ROOT) for p in (ROOT / 'nbs').rglob('*.ipynb') if p.stem not in ('05_tables', *EVALUATION))
 
 
@@ -36,7 +36,7 @@ def test_tables_headless(tables):
     results = pd.read_csv(tables / 'figures/results.csv')
     assert list(results.columns) == ['dataset', 'n_forget', 'seed', 'method', 'metric', 'value'] and not results.value.isna().any()
     assert {'retain', 'forget', 'test', 'mia', 'tow', 'seconds'} <= set(results.metric)
-    assert set(results.method) == {'pretrain', 'retrain', 'neggrad', 'ssd', 'pgu', 'jit', 'metaunlearn', 'scrub', 'bad_teacher'}
+    assert set(results.method) == {'pretrain', 'retrain', 'neggrad', 'ssd', 'pgu', 'jit', 'metaunlearn', 'metastep', 'scrub', 'bad_teacher'}
     assert (results.query('method == "retrain" and metric == "tow"').value == 100).all()
     for name in ('table1_celebahq', 'table2_celeba', 'table3_mufac'):
         for ext in ('csv', 'md', 'tex', 'png', 'svg'): assert (tables / f'figures/{name}.{ext}').stat().st_size > 100
@@ -60,7 +60,8 @@ def evaluation(tables):
 @pytest.mark.parametrize('notebook, files', list(zip(EVALUATION, [
     ['split_celeba.png', 'split_celebahq.svg', 'split_mufac.png', 'scatter.svg', 'tow.png', 'roc.svg', 'similarity.png', 'meta_training.svg'], ['attack_rmia.md', 'attack_change.tex', 'attacks.csv', 'attacks.png'],
     [f'ablation_{g}.{e}' for g in ('objective', 'inputs', 'distance', 'steps', 'requests') for e in ('csv', 'md', 'tex', 'png', 'svg')], ['robustness.md', 'single.csv', 'sequence.tex', 'sequence.png'],
-    ['similarity.csv', 'similarity_images.md', 'similarity_portrait.svg'], ['released_code.csv', 'released_code.md']])))
+    ['similarity.csv', 'similarity_images.md', 'similarity_portrait.svg'], ['released_code.csv', 'released_code.md'], [],
+    ['metastep_why.md', 'metastep_comparison.csv', 'metastep_comparison.svg', 'ablation_metastep.png', 'metastep_attacks.tex']])))
 def test_evaluation_headless(evaluation, tables, notebook, files):
     assert evaluation[notebook].returncode == 0, evaluation[notebook].stderr[-3000:]
     for f in files: assert (tables / 'figures' / f).stat().st_size > 100, f
@@ -68,7 +69,7 @@ def test_evaluation_headless(evaluation, tables, notebook, files):
 
 def test_evaluation_tables_hold_numbers(evaluation, tables):
     read = lambda n: pd.read_csv(tables / f'figures/{n}.csv')
-    a = read('attacks'); assert set(a.attack) == {'loss', 'loss_released', 'rmia', 'rmia_best'} and a.auc.between(0, 100).all() and len(a) == 4 * 3 * 9, 'one seed: no U-LiRA'
+    a = read('attacks'); assert set(a.attack) == {'loss', 'loss_released', 'rmia', 'rmia_best'} and a.auc.between(0, 100).all() and len(a) == 4 * 3 * 10, 'one seed: no U-LiRA'
     r = read('released_code'); assert {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12} == set(r.item) and r[['paper', 'code', 'difference']].notna().all().all()
     steps = read('ablation_steps'); assert len(steps) == 5 and (steps.n == 1).all() and steps.tow_half.isna().all(), 'one seed has no interval'
 
