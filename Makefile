@@ -7,7 +7,7 @@ BIN     = $(VENV)/bin
 READY   = $(VENV)/.ready
 export PYTHONWARNINGS = ignore::FutureWarning
 
-.PHONY: help setup reproduce evaluate metastep test notebooks export readme lab benchmark clean
+.PHONY: help setup reproduce evaluate metastep test notebooks export readme docs lab benchmark clean
 help:            ## what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
 
@@ -52,6 +52,10 @@ notebooks: $(READY) ## execute all notebooks in place at their defaults, then cl
 	for n in nbs/api/portraits nbs/00_data_splits nbs/api/presets nbs/api/metrics nbs/api/attacks nbs/01_vit_finetuning nbs/02_baselines nbs/03_metaunlearn nbs/04_a100_training nbs/api/runs nbs/api/analysis nbs/05_tables $(EVALUATION:%=nbs/%) $(METASTEP:%=nbs/%) nbs/index; do \
 	  echo "== $$n"; ONESHUI_PROGRESS=off $(BIN)/papermill --no-progress-bar --log-level ERROR -k python3 $$n.ipynb $$n.ipynb || exit 1; done
 	$(BIN)/nbdev_clean && $(MAKE) readme
+
+docs: $(READY)   ## the site, from the notebooks as they are: build/docs/html/index.html
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/python docs/build.py
 
 lab: $(READY)    ## JupyterLab on the index
 	$(BIN)/jupyter lab nbs/index.ipynb

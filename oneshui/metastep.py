@@ -100,7 +100,7 @@ def meta_gradient(
         M.zero_grad(); (-sum((g * t).sum() for g, t in zip(g_z, ż) if g is not None)).backward()
     return A.item()
 
-# %% ../nbs/12_metastep.ipynb #05a30cfc
+# %% ../nbs/12_metastep.ipynb #a76a7805
 def expected_error(
     logits: torch.Tensor, y: torch.Tensor,
 ) -> torch.Tensor:   # [n], 0…1
@@ -114,7 +114,7 @@ class Simulation:
         n: int,                    # people a request
         rng: np.random.Generator,
         keep: float = 1.,          # κ
-        batch_size: int = 48,      # images of each of D_f, D_r and D_v
+        batch_size: int = 32,      # images of each of D_f, D_r and D_v
         singles: str = 'skip',     # of `simulate_requests`
     ):
         self.model, self.train, self.val, self.n, self.rng, self.keep, self.batch_size, self.singles, self.device = model, train, val, n, rng, keep, batch_size, singles, device_of(model)
@@ -150,7 +150,7 @@ class Simulation:
         names = ('forget', 'retain', 'test'); lo = self.logits(θ, looked); after = {k: 100 * batch_score(l, D.y[rows].to(l.device)).item() for k, l, (D, rows) in zip(names, lo, looked[1])}
         return tug_of_war(after, dict(forget=goal) | {k: 100 * batch_score(self.before[D][rows], D.y[rows]).item() for k, (D, rows) in zip(names[1:], looked[1][1:])})
 
-# %% ../nbs/12_metastep.ipynb #ad3a51a7
+# %% ../nbs/12_metastep.ipynb #3720ed0f
 def metastep_prepare(model, train, val, *,
     simulated_size: int,        # people a simulated request; a run fills in its N_S
     sizes: str = 'spectrum',    # of `StepSizes`
@@ -160,8 +160,8 @@ def metastep_prepare(model, train, val, *,
     lr: float = .2,             # of Adam on ψ
     lr_loss: float = 1e-3,      # of Adam on φ
     keep: float = 1.,           # κ
-    calibration: int = 8,       # simulated requests for the common factor; 0: none
-    batch_size: int = 48, hidden: int = 512,
+    calibration: int = 6,       # simulated requests for the common factor; 0: none
+    batch_size: int = 32, hidden: int = 512,
     singles: str = 'skip',      # of `simulate_requests`
 ) -> dict:                      # ψ, the input bases (for 'spectrum'), φ (if learned), A of every request
     "Learn the step sizes on simulated requests. Raises `ValueError` on unknown options, `FloatingPointError` when A is not finite."
@@ -184,7 +184,7 @@ def metastep_prepare(model, train, val, *,
         opt.step(); schedule.step()
     factors, found, goal = 2. ** np.arange(-1, 3.1, .5), [], sim.strangers()                         # calibration
     for _ in progress(range(calibration), 'calibration'):
-        s, f = sim.request(); u = direction(model, M, *portrait(s))[0]; looked = sim.look(s, f, 64)
+        s, f = sim.request(); u = direction(model, M, *portrait(s))[0]; looked = sim.look(s, f, 48)
         with torch.no_grad(): step = H(u); found.append([sim.tow(along(step, c), looked, goal) for c in factors])
     if calibration: H.total.data += math.log(factors[np.mean(found, 0).argmax()])
     return {f'H.{k}': v.detach() for k, v in H.state_dict().items()} | {f'M.{k}': v.detach() for k, v in M.state_dict().items()} | dict(history=torch.tensor(history), start=torch.tensor(start), calibration=torch.tensor(found))

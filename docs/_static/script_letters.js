@@ -1,0 +1,8 @@
+// MathML Core draws no mathvariant="script": give \mathcal letters their own characters.
+addEventListener("load", () => {
+  const odd = {B: "ℬ", E: "ℰ", F: "ℱ", H: "ℋ", I: "ℐ", L: "ℒ", M: "ℳ", R: "ℛ"};
+  for (const mi of document.querySelectorAll('mi[mathvariant="script"]')) {
+    mi.textContent = [...mi.textContent].map(c => odd[c] ?? (c >= "A" && c <= "Z" ? String.fromCodePoint(0x1D49C + c.charCodeAt(0) - 65) : c)).join("");
+    mi.removeAttribute("mathvariant");
+  }
+});

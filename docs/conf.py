@@ -1,0 +1,20 @@
+# The documentation site: MyST-NB over the notebooks that docs/build.py has prepared. Everything that a page needs lies in the site.
+from configparser import ConfigParser
+from pathlib import Path
+
+_s = ConfigParser(delimiters=['='], interpolation=None); _s.read(Path(__file__).parent / 'settings.ini', encoding='utf-8'); _s = _s['DEFAULT']
+project, author, copyright, release, language = _s['title'], _s['author'], _s['copyright'], _s['version'], 'en'
+extensions = ['myst_nb', 'sphinx.ext.extlinks', 'sphinxcontrib.katex', 'sphinxcontrib.bibtex', 'sphinx_copybutton', 'sphinx_togglebutton']
+html_theme, html_title, html_static_path, html_css_files = 'sphinx_book_theme', 'oneshui', ['_static'], ['oneshui.css']
+html_js_files = ['script_letters.js']
+html_theme_options = dict(repository_url=_s['git_url'], use_repository_button=True, show_navbar_depth=1, show_toc_level=2, use_download_button=False)
+exclude_patterns = ['_build']
+nb_execution_mode = 'off'              # pages show the committed outputs
+nb_merge_streams = True
+nb_render_markdown_format = 'myst'
+myst_enable_extensions = ['colon_fence', 'dollarmath', 'amsmath']
+myst_heading_anchors = 3
+bibtex_bibfiles = ['references.bib']
+# KaTeX writes MathML, which browsers draw themselves: no font and no style sheet is fetched.
+katex_options = 'output: "mathml"'
+katex_css_path = 'oneshui.css'
