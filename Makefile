@@ -7,9 +7,9 @@ BIN     = $(VENV)/bin
 READY   = $(VENV)/.ready
 export PYTHONWARNINGS = ignore::FutureWarning
 
-.PHONY: help setup reproduce evaluate metastep test notebooks export readme docs lab benchmark clean
+.PHONY: help setup reproduce evaluate metastep test notebooks export readme docs test-browser lab benchmark clean
 help:            ## what there is
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
 
 $(READY): settings.ini setup.py pyproject.toml constraints.txt
 	@echo "== setting up $(VENV) (once; about two minutes and 6 GB)"
@@ -56,6 +56,11 @@ notebooks: $(READY) ## execute all notebooks in place at their defaults, then cl
 docs: $(READY)   ## the site, from the notebooks as they are: build/docs/html/index.html
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	$(BIN)/python docs/build.py
+
+test-browser: docs ## the site in headless Chromium (Debian's chromium, or any that is on the PATH)
+	command -v chromium chromium-browser google-chrome >/dev/null || apt-get install -y -q chromium
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'
+	$(BIN)/python -m pytest -q tests/browser
 
 lab: $(READY)    ## JupyterLab on the index
 	$(BIN)/jupyter lab nbs/index.ipynb

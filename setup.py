@@ -9,5 +9,5 @@ s = cfg['DEFAULT']
 setup(name=s['lib_name'], version=s['version'], description=s['description'], author=s['author'], author_email=s['author_email'],
       license=s['license'], url=s['git_url'], packages=find_packages(include=['oneshui', 'oneshui.*']), python_requires='>=' + s['min_python'],
       package_data={'oneshui': ['assets/*', 'presets/*']},
-      install_requires=s['requirements'].split(), extras_require={k: s[f'{k}_requirements'].split() for k in ('dev', 'docs')},
+      install_requires=s['requirements'].split(), extras_require={k: s[f'{k}_requirements'].split() for k in ('dev', 'docs', 'browser')},
       entry_points={'nbdev': [f'{s["lib_name"]}={s["lib_name"]}._modidx:d']})

@@ -79,7 +79,7 @@ def metaunlearn_variants(
         inputs={'all inputs': {}, 'no identities': less('identities'), 'no targets': less('targets'), 'no features': less('features'), 'no score scaling': dict(scaled=False)},
         distance={'smooth L1, scaled': {}, 'L1, scaled': dict(distance='l1'), 'L2, scaled': dict(distance='l2'), 'L2, unscaled, both sides (Algorithm 1)': dict(distance='l2', scaled=False, detach=False)},
         steps={'1 step': {}, **{f'{k} steps': dict(steps=k) for k in (2, 3, 4, 5)}},
-        requests={f'{epochs} epoch{"s" * (epochs > 1)}': {}, **{f'{k} epoch{"s" * (k > 1)}': dict(epochs=k) for k in sorted({max(1, epochs // 3), 2 * epochs} - {epochs})}})
+        requests={f'{epochs} epoch{"s" * (epochs > 1)}': {}, **{f'{k} epoch{"s" * (k > 1)}': dict(epochs=k) for k in sorted({max(1, epochs // 3), 2 * epochs // 3 if epochs > 1 else 2} - {epochs})}})
 
 def variant_specs(
     store: RunStore, preset: Preset, dataset: str, n_forget: int, seeds: list,
