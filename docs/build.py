@@ -48,7 +48,7 @@ def prose(text, up, seen):
 
 
 def chapter(path):
-    "A notebook without directives and hidden cells, with links; remarks become set-off notes, questions fold."
+    "A notebook without directives and hidden cells, with links; remarks become set-off notes."
     rel = path.relative_to(NBS); up = '../' * (len(rel.parts) - 1); nb = json.loads(path.read_text()); cells, seen = [], set()
     for c in nb['cells']:
         src = ''.join(c['source'])
@@ -59,10 +59,6 @@ def chapter(path):
             src = re.sub(r'(?m)(?:^> ?.*\n?)+', lambda h: ':::{note}\n' + re.sub(r'(?m)^> ?', '', h[0]).rstrip() + '\n:::\n', src); src = prose(src, up, seen)
         else:
             src = re.sub(r'(?m)^#\|.*\n?', '', src)
-            if 'remove-input' in c['metadata'].get('tags', []): c['metadata']['tags'] = ['remove-input']
-            for o in c.get('outputs', []):
-                for k in ('text/html', 'text/markdown'):
-                    if k in o.get('data', {}): o['data'][k] = ''.join(o['data'][k])
         cells.append(c | dict(source=src))
     (SRC / rel).parent.mkdir(parents=True, exist_ok=True); (SRC / rel).write_text(json.dumps(nb | dict(cells=cells)))
 
@@ -82,8 +78,7 @@ def entry(module, name):
     obj = getattr(PUBLIC[module], name); out = [f'({anchor(module, name)})=', f'## {name}', '']
     if not callable(obj): return '\n'.join(out + ['```python', f'{name} = {cell(repr(obj))[:300]}', '```', ''])
     fn = obj.__init__ if inspect.isclass(obj) and '__init__' in vars(obj) else obj
-    sig = signature(fn)
-    out += ['```python', f'{"class " if inspect.isclass(obj) else ""}{name}{sig}', '```', '', (inspect.getdoc(obj) or '').strip(), '']
+    out += ['```python', f'{"class " if inspect.isclass(obj) else ""}{name}{signature(fn)}', '```', '', (inspect.getdoc(obj) or '').strip(), '']
     try: params = {k: v for k, v in docments(fn, full=True).items() if k != 'self'}
     except Exception: params = {}
     rows = [(k, v) for k, v in params.items() if v.get('docment')]

@@ -4,13 +4,12 @@ from pathlib import Path
 
 _s = ConfigParser(delimiters=['='], interpolation=None); _s.read(Path(__file__).parent / 'settings.ini', encoding='utf-8'); _s = _s['DEFAULT']
 project, author, copyright, release, language = _s['title'], _s['author'], _s['copyright'], _s['version'], 'en'
-extensions = ['myst_nb', 'sphinx.ext.extlinks', 'sphinxcontrib.katex', 'sphinxcontrib.bibtex', 'sphinx_copybutton', 'sphinx_togglebutton']
+extensions = ['myst_nb', 'sphinxcontrib.katex', 'sphinxcontrib.bibtex', 'sphinx_copybutton']
 html_theme, html_title, html_static_path, html_css_files = 'sphinx_book_theme', 'oneshui', ['_static'], ['oneshui.css']
 html_js_files = ['script_letters.js']
 html_theme_options = dict(repository_url=_s['git_url'], use_repository_button=True, show_navbar_depth=1, show_toc_level=2, use_download_button=False)
 html_favicon = '_static/favicon.svg'
 html_context = dict(default_mode='auto')
-exclude_patterns = ['_build']
 nb_execution_mode = 'off'              # pages show the committed outputs
 nb_merge_streams = True
 nb_render_markdown_format = 'myst'
