@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'Method', 'method', 'get_method', 'neggrad', 'importance', 'ssd_prepare', 'ssd', 'input_covariance',
-           'projection', 'pgu_loss', 'pgu_prepare', 'pgu', 'jit', 'divergence', 'scrub', 'randomise', 'bad_teacher']
+           'spectrum', 'projection', 'pgu_loss', 'pgu_prepare', 'pgu', 'jit', 'divergence', 'scrub', 'randomise',
+           'bad_teacher']
 
 # %% ../nbs/02_baselines.ipynb #bb3484fb
 import copy, inspect, math
@@ -122,7 +123,8 @@ def ssd(model, support, state, *,
     return model
 
 # %% ../nbs/02_baselines.ipynb #a231ddb0
-def _projected(model): return {k: m for k, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+def _projected(model):  # layers whose weight's rows live in the space of their inputs; a grouped convolution's do not
+    return {k: m for k, m in model.named_modules() if isinstance(m, nn.Linear) or isinstance(m, nn.Conv2d) and m.groups == 1}
 
 @torch.no_grad()
 def input_covariance(
@@ -144,13 +146,19 @@ def input_covariance(
     finally: [h.remove() for h in handles]
     return C
 
+def spectrum(
+    C: torch.Tensor,  # [d, d] covariance of a layer's inputs
+) -> tuple:           # square roots of the singular values (as released), falling [d]; eigenvectors in that order, the columns of [d, d]; both float64
+    "How much of a layer's inputs lies along which direction."
+    s, U = torch.linalg.eigh(C.double()); order = s.abs().argsort(descending=True)
+    return s.abs()[order].sqrt(), U[:, order]
+
 def projection(
     C: torch.Tensor,  # [d, d] covariance of the retained inputs
     gamma: float,     # share of the spectrum to protect
 ) -> torch.Tensor:    # P = U_k U_kᵀ [d, d]
-    "Projector on the leading eigenvectors; the spectrum is the square root of the singular values (as released)."
-    s, U = torch.linalg.eigh(C.double()); order = s.abs().argsort(descending=True); s, U = s.abs()[order].sqrt(), U[:, order]
-    k = 1 + int((s.cumsum(0) / s.sum() <= gamma).sum()); U = U[:, :k]
+    "Projector on the leading eigenvectors of the `spectrum`."
+    s, U = spectrum(C); k = 1 + int((s.cumsum(0) / s.sum() <= gamma).sum()); U = U[:, :k]
     return (U @ U.T).to(C.dtype)
 
 def pgu_loss(

@@ -10,11 +10,9 @@ __all__ = ['SIZES', 'EDGES', 'LOSSES', 'LABELS', 'input_bands', 'StepSizes', 'St
 import math
 import numpy as np, torch
 from torch import nn
-from torch.func import jvp
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from .baselines import _projected, input_covariance, method
+from .baselines import _projected, input_covariance, method, spectrum
 from .data import simulate_requests
-from .metaunlearn import MetaLoss, batch_score, outputs
+from .metaunlearn import MetaLoss, batch_score, loss_along, outputs
 from .metrics import task_loss, tug_of_war
 from .scale import device_of, progress
 from .vit import logits_and_cls, predict
@@ -27,7 +25,7 @@ def input_bands(
     C: torch.Tensor,  # [d, d] covariance of a layer's inputs
 ) -> tuple:           # U [d, d], leading eigenvectors first; band of each, int64 [d]
     "Eigenbasis of the inputs, sorted into bands of the spectrum (square roots of the eigenvalues, as PGU counts them)."
-    s, U = torch.linalg.eigh(C.double()); s, U = s.clamp(min=0).sqrt().flip(0), U.flip(1); share = s.cumsum(0) / s.sum()
+    s, U = spectrum(C); share = s.cumsum(0) / s.sum()
     return U.to(C.dtype), torch.bucketize(share, torch.tensor(EDGES, dtype=share.dtype, device=share.device))
 
 class StepSizes(nn.Module):
@@ -95,9 +93,7 @@ def meta_gradient(
     H.zero_grad(); (-sum((step[k] * v[k]).sum() for k in step)).backward()
     if M.h is not None:
         with torch.no_grad(): w = H(v); along_u = sum((u[k] * w[k]).sum() for k in u); w = {k: (w[k] - along_u * u[k]) / norm for k in w}
-        with sdpa_kernel(SDPBackend.MATH), torch.no_grad(): z, ż = jvp(lambda θ: outputs(model, θ, x), (θ,), (w,))   # fused attention has no forward mode
-        z = tuple(t.detach().requires_grad_() for t in z); g_z = torch.autograd.grad(M(z, y), z, create_graph=True, allow_unused=True)
-        M.zero_grad(); (-sum((g * t).sum() for g, t in zip(g_z, ż) if g is not None)).backward()
+        M.zero_grad(); (-loss_along(model, lambda z: M(z, y), x, w)).backward()
     return A.item()
 
 # %% ../nbs/12_metastep.ipynb #a76a7805
@@ -170,7 +166,8 @@ def metastep_prepare(model, train, val, *,
     dev, rng = device_of(model), np.random.default_rng(torch.randint(2 ** 31, ()).item()); sim = Simulation(model, train, val, simulated_size, rng, keep, batch_size, singles)
     H = StepSizes(model, sizes, {k: input_bands(C) for k, C in input_covariance(model, train).items()} if sizes == 'spectrum' else None).to(dev)
     with torch.no_grad(): d = logits_and_cls(model, val.tensors([0], dev)[0])[1].shape[1]
-    M = StepLoss(val.n_classes, d, loss, hidden).to(dev); portrait = lambda s: (x := train.tensors(s, dev)[0], _targets(model, x, train.tensors(s, dev)[1], labels))
+    M = StepLoss(val.n_classes, d, loss, hidden).to(dev)
+    def portrait(s): x, y = train.tensors(s, dev); return x, _targets(model, x, y, labels)
     def along(step, factor): return {k: p - factor * step[k] for k, p in sim.θ.items()}
     grid, found = 10. ** np.arange(-4, 0, .5), 0.                                                   # start
     for _ in range(2):

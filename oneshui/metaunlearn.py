@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['INPUTS', 'DISTANCES', 'TERMS', 'MetaLoss', 'batch_score', 'meta_objective', 'scrub_objective', 'outputs',
-           'unlearning_step', 'hypergradient', 'hypergradient_oracle', 'metaunlearn_prepare', 'metaunlearn']
+           'unlearning_step', 'loss_along', 'hypergradient', 'hypergradient_oracle', 'metaunlearn_prepare',
+           'metaunlearn']
 
 # %% ../nbs/03_metaunlearn.ipynb #f13b35e8
 import copy, math
@@ -117,6 +118,17 @@ def unlearning_step(
     g = torch.autograd.grad(M, list(θ.values()), allow_unused=True)
     return {k: (p if gi is None else p - eta * gi).detach() for (k, p), gi in zip(θ.items(), g)}, M.detach()
 
+def loss_along(
+    model: nn.Module,    # θ
+    loss,                # z -> M, a scalar with a graph to φ
+    x: torch.Tensor,     # images of the support set
+    w: dict,             # parameter name -> tensor: a direction in the space of θ
+) -> torch.Tensor:       # wᵀ∇_θ M, with a graph to φ
+    "The slope of M along w: one forward derivative through the network, and a graph through the loss alone."
+    with sdpa_kernel(SDPBackend.MATH), torch.no_grad(): z, ż = jvp(lambda θ: outputs(model, θ, x), (_parameters(model),), (w,))   # fused attention has no forward mode
+    z = tuple(t.detach().requires_grad_() for t in z); g_z = torch.autograd.grad(loss(z), z, create_graph=True, allow_unused=True)
+    return sum((g * t).sum() for g, t in zip(g_z, ż) if g is not None)
+
 def hypergradient(
     model: nn.Module, h: nn.Module, S: tuple, eta: float,
     outer,           # θ_u -> iterable of callables; each returns a share of A as a scalar with a graph to the tensors of θ_u
@@ -131,13 +143,9 @@ def hypergradient(
         for vi, gi in zip(v.values(), torch.autograd.grad(a, list(θ_u.values()), allow_unused=True)):
             if gi is not None: vi.add_(gi)
         A += a.item()
-    with sdpa_kernel(SDPBackend.MATH), torch.no_grad():                                   # (3); fused attention has no forward mode
-        z, ż = jvp(lambda θ: outputs(model, θ, x), (_parameters(model),), (v,))
-    z = tuple(t.detach().requires_grad_() for t in z)
-    with _same_mask(mask, x.device): M = h(z, y, who)                                     # (4)
-    g_z = torch.autograd.grad(M, z, create_graph=True, allow_unused=True)
-    along = sum((g * t.detach()).sum() for g, t in zip(g_z, ż) if g is not None)
-    grads = torch.autograd.grad(along, φ, allow_unused=True)
+    def masked(z):
+        with _same_mask(mask, x.device): return h(z, y, who)
+    grads = torch.autograd.grad(loss_along(model, masked, x, v), φ, allow_unused=True)    # (3), (4)
     return [torch.zeros_like(p) if d is None else -eta * d for p, d in zip(φ, grads)], A
 
 # %% ../nbs/03_metaunlearn.ipynb #da3fb7c4

@@ -101,23 +101,26 @@ class Canvas:
     ):
         self.size, self.agg, self.gc = size, RendererAgg(size, size, 72), GraphicsContextBase()
         self.page = Affine2D().translate(1, 1).scale(size / 2)
-        self.frame = self.page
+        self.frame, self.clips = self.page, []
 
     def head(self, q: dict):  # photo latent: where the head sits in the picture
         "Following points are in the coordinates of the head, which may be shifted, tilted and nearer."
         self.frame = Affine2D().scale(.82 * q['zoom']).rotate_deg(q['roll']).translate(q['dx'], q['dy'] + .05) + self.page
 
+    def _clip(self, xy):
+        # Agg remembers the last clip path by its address: a path must not be freed while the canvas draws, or the next one may be taken for it
+        if xy is not None: self.clips.append(TransformedPath(MPath(xy), self.frame))
+        self.gc.set_clip_path(None if xy is None else self.clips[-1])
+
     def fill(self, xy, colour, alpha=1., clip=None):
         "Fill a polygon `xy` [n, 2]; `clip`: another polygon that bounds it."
-        self.gc.set_linewidth(0); self.gc.set_alpha(float(alpha))
-        self.gc.set_clip_path(None if clip is None else TransformedPath(MPath(clip), self.frame))
+        self.gc.set_linewidth(0); self.gc.set_alpha(float(alpha)); self._clip(clip)
         self.agg.draw_path(self.gc, MPath(xy), self.frame, tuple(np.clip(colour, 0, 1)))
 
     def line(self, xy, colour, width, alpha=1., clip=None):
         "Stroke a polyline; `width` in picture units (2 = the whole picture)."
         self.gc.set_linewidth(width * self.size / 2); self.gc.set_alpha(float(alpha)); self.gc.set_capstyle('round')
-        self.gc.set_foreground(tuple(np.clip(colour, 0, 1)))
-        self.gc.set_clip_path(None if clip is None else TransformedPath(MPath(clip), self.frame))
+        self.gc.set_foreground(tuple(np.clip(colour, 0, 1))); self._clip(clip)
         self.agg.draw_path(self.gc, MPath(xy), self.frame, None)
 
     def pixels(self): return np.asarray(self.agg.buffer_rgba())[..., :3].astype(np.float32) / 255
@@ -513,4 +516,4 @@ def write_portraits(
         os.replace(tmp, out)
     return out
 
-VERSION = 4  # of the drawings: raise it when a change alters pixels or labels
+VERSION = 5  # of the drawings: raise it when a change alters pixels or labels

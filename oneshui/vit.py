@@ -41,11 +41,13 @@ def create_model(
     return m.to(default_device()).eval()
 
 def logits_and_cls(
-    model: nn.Module,  # any timm model whose forward_features returns tokens [n, t, d], the class token first
+    model: nn.Module,  # a timm ViT: forward_features returns tokens [n, t, d], the class token first
     x: torch.Tensor,   # [n, 3, h, w]
-) -> tuple:            # logits [n, c], CLS feature [n, d]
+) -> tuple:            # logits [n, c], CLS feature [n, d]; d = 0 for a network of another kind
     "What MetaUnlearn reads of a sample."
-    tokens = model.forward_features(x); return model.forward_head(tokens), tokens[:, 0]
+    tokens = model.forward_features(x) if hasattr(model, 'forward_features') else x
+    if tokens.ndim == 3: return model.forward_head(tokens), tokens[:, 0]
+    logits = model(x); return logits, logits[:, :0]
 
 def count_parameters(model: nn.Module) -> int: return sum(p.numel() for p in model.parameters())
 

@@ -85,3 +85,18 @@ def test_what_is_refused(world):
         h = None
         def forward(self, z, y): return 0. * z[0].sum()
     with pytest.raises(FloatingPointError, match='length 0, so there is no direction'): direction(flat_model, Still(), x, None)
+
+
+class Convolutional(torch.nn.Module):
+    "A network without tokens, with a grouped convolution and batch statistics: somebody's own."
+    def __init__(self, n_classes):
+        super().__init__(); n = torch.nn; self.body = n.Sequential(n.Conv2d(3, 8, 3, 2, 1), n.BatchNorm2d(8), n.ReLU(), n.Conv2d(8, 8, 3, 2, 1, groups=8), n.ReLU(), n.AdaptiveAvgPool2d(2), n.Flatten(), n.Linear(32, n_classes))
+    def forward(self, x): return self.body(x)
+
+
+@pytest.mark.parametrize('sizes', SIZES)
+def test_a_network_of_ones_own(world, sizes):
+    _, D, S = world; torch.manual_seed(0); model = Convolutional(D['val'].n_classes).eval(); m = get_method('metastep')
+    hp = dict(simulated_size=2, requests=2, calibration=1, sizes=sizes); state = m.prepare(model, D['train'], D['val'], hp); after = m.unlearn(model, S, state, hp); x, y = S.tensors()
+    with torch.no_grad(): assert expected_error(after(x), y).mean() > expected_error(model(x), y).mean(), 'a step uphill'
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), after.buffers())), 'batch statistics stay'
