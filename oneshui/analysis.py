@@ -20,7 +20,7 @@ from .baselines import METHODS, get_method
 from .data import Request, _content_groups, portrait, read_faces
 from .metrics import score, task_loss, tug_of_war
 from .presets import Preset
-from .runs import RunSpec, RunStore, cell_metrics, make_runs, measure, method_title, pretrain_on
+from .runs import RunSpec, RunStore, cell_metrics, make_runs, measure, method_title, metrics_of, tabular
 from .scale import device_of
 from .vit import ImageSet, create_model, logits_and_cls, normalise, predict, support_set
 
@@ -50,10 +50,7 @@ def write_table(
 ):
     "`out/name.csv`, `.md`, `.tex`."
     table.to_csv(out / f'{name}.csv', index=False, float_format='%.5g'); f = (table if formatted is None else formatted).astype(str)
-    line = lambda cells: '| ' + ' | '.join(cells) + ' |'
-    (out / f'{name}.md').write_text('\n'.join([line(f.columns), '|' + '---|' * f.shape[1], *(line(r) for r in f.itertuples(index=False))]) + '\n')
-    tex = lambda c: c.replace('±', r'$\pm$').replace('†', r'$^\dagger$').replace('%', r'\%').replace('_', r'\_').replace('Δ', r'$\Delta$').replace('φ', r'$\varphi$').replace('→', r'$\to$').replace('≥', r'$\ge$').replace('#', r'\#').replace('&', r'\&')
-    (out / f'{name}.tex').write_text('\n'.join([r'\begin{tabular}{' + 'l' * f.shape[1] + '}', r'\toprule', *(' & '.join(map(tex, r)) + r' \\' for r in [list(f.columns)]), r'\midrule', *(' & '.join(map(tex, r)) + r' \\' for r in f.itertuples(index=False)), r'\bottomrule', r'\end{tabular}']) + '\n')
+    for style in ('md', 'tex'): (out / f'{name}.{style}').write_text(tabular(f, style))
 
 def save_figure(fig, out: Path, name: str):
     "`out/name.png` and `.svg`; the same picture gives the same file."
@@ -167,7 +164,7 @@ def portrait_similarity(store: RunStore, s: RunSpec) -> list:
     return [round(float(f[k] @ g[at[i]]), 5) for k, i in enumerate(D.identity.tolist())]
 
 def _losses(store, s):  # per-sample losses of a run by set
-    return (pretrain_on(store, s) if s.method == 'pretrain' else store.get(s).metrics)['losses']
+    return metrics_of(store, s)['losses']
 
 def forgetting_by_image(
     store: RunStore, specs: list,   # RunSpecs of unlearned models, made already
