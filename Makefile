@@ -45,9 +45,9 @@ readme: $(READY) ## nbs/index.ipynb -> README.md
 	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=remove-input --output-dir . --output README.md nbs/index.ipynb
 
 notebooks: $(READY) ## execute all notebooks in place at their defaults, then clean them
-	for n in nbs/api/portraits nbs/00_data_splits nbs/api/presets nbs/api/metrics nbs/api/attacks nbs/01_vit_finetuning nbs/02_baselines nbs/03_metaunlearn nbs/04_a100_training nbs/api/runs nbs/api/analysis nbs/05_tables $(EVALUATION:%=nbs/%) $(METASTEP:%=nbs/%) nbs/index; do \
+	for n in nbs/api/portraits nbs/00_data_splits nbs/api/presets nbs/api/metrics nbs/api/attacks nbs/01_vit_finetuning nbs/02_baselines nbs/03_metaunlearn nbs/04_a100_training nbs/api/runs nbs/api/analysis nbs/05_tables $(EVALUATION:%=nbs/%) $(METASTEP:%=nbs/%) nbs/api/explore nbs/index; do \
 	  echo "== $$n"; ONESHUI_PROGRESS=off $(BIN)/papermill --no-progress-bar --log-level ERROR -k python3 $$n.ipynb $$n.ipynb || exit 1; done
-	$(BIN)/nbdev_clean && $(MAKE) readme
+	$(BIN)/nbdev_clean && $(BIN)/python docs/clean.py && $(MAKE) readme
 
 docs: $(READY)   ## the site, from the notebooks as they are: build/docs/html/index.html
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'

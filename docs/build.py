@@ -1,5 +1,5 @@
 """Notebooks -> Sphinx sources in build/docs/source -> a site in build/docs/html. Called by `make docs`; no notebook is executed."""
-import importlib, inspect, json, re, shutil, subprocess, sys
+import ast, html, importlib, inspect, json, re, shutil, subprocess, sys
 from pathlib import Path
 
 from fastcore.docments import docments
@@ -7,7 +7,7 @@ from fastcore.docments import docments
 ROOT = Path(__file__).resolve().parents[1]; NBS, HERE, SITE = ROOT / 'nbs', ROOT / 'docs', ROOT / 'build/docs'; SRC = SITE / 'source'
 MODULES = sorted(p.stem for p in (ROOT / 'oneshui').glob('*.py') if not p.stem.startswith('_'))
 PUBLIC = {m: importlib.import_module(f'oneshui.{m}') for m in MODULES}
-HOMES = {}   # public name -> modules that define it
+HOMES, CODE = {}, {}   # public name -> modules that define it; page -> what the names in its code stand for
 for m, mod in PUBLIC.items():
     for n in mod.__all__: HOMES.setdefault(n, []).append(m)
 
@@ -47,6 +47,35 @@ def prose(text, up, seen):
     return '\n'.join(out)
 
 
+def alternative(c, src):
+    "A picture's alternative text: the cell's `#| fig-alt:` line, or what the output says of itself."
+    if m := re.search(r'(?m)^#\|\s*fig-alt: *(.+)$', src): return m[1]
+    said = [''.join(o['data'].get('text/plain', '')) for o in c['outputs'] if 'image/png' in o.get('data', {})]
+    return next((t for t in said if t and not t.startswith('<')), None)
+
+
+def imported(sources, raw):
+    "What the names in a page's code stand for: name -> (module, name), (module, None) for a module itself; no name that the page also gives to something else."
+    names, taken = {}, set(); own = re.search(r'default_exp (\w+)', raw)
+    for node in (n for src in sources for n in ast.walk(ast.parse(re.sub(r'(?m)^\s*[%!].*$', '', src)))):
+        if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('oneshui.'): names |= {a.asname or a.name: (node.module[8:], a.name) for a in node.names}
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)) and own: names[node.name] = own[1], node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store): taken.add(node.id)
+        elif isinstance(node, ast.arg): taken.add(node.arg)
+    return {k: v for k, v in names.items() if k not in taken and v[0] in MODULES and v[1] in PUBLIC[v[0]].__all__}
+
+
+def link_code():
+    "In the pages' code, the package's modules and names become links to their definitions."
+    for page, names in CODE.items():
+        f = SITE / 'html' / page; up = '../' * page.count('/'); text = f.read_text()
+        def one(hit):
+            name = html.unescape(hit[2]); m, n = (name[8:], None) if hit[1] == 'nn' and name.startswith('oneshui.') else names.get(name, (None, None))
+            return f'<a href="{up}reference/{m}.html{"#" + slug(m, n) if n else ""}">{hit[0]}</a>' if m in MODULES else hit[0]
+        slug = lambda m, n: re.sub(r'[^a-z0-9]+', '-', anchor(m, n)).strip('-')
+        f.write_text(re.sub(r'<div class="cell_input.*?</pre>', lambda block: re.sub(r'(?<!">)<span class="(n|nn|nf|nc)">([^<]+)</span>', one, block[0]), text, flags=re.S))
+
+
 def chapter(path):
     "A notebook without directives and hidden cells, with links; remarks become set-off notes."
     rel = path.relative_to(NBS); up = '../' * (len(rel.parts) - 1); nb = json.loads(path.read_text()); cells, seen = [], set()
@@ -58,8 +87,10 @@ def chapter(path):
             src = re.sub(r'\A(# [^\n]+\n+)> ([^\n]+)', r'\1*\2*', src)
             src = re.sub(r'(?m)(?:^> ?.*\n?)+', lambda h: ':::{note}\n' + re.sub(r'(?m)^> ?', '', h[0]).rstrip() + '\n:::\n', src); src = prose(src, up, seen)
         else:
+            if alt := alternative(c, src): c = c | dict(metadata=c['metadata'] | dict(mystnb=dict(image=dict(alt=alt))))
             src = re.sub(r'(?m)^#\|.*\n?', '', src)
         cells.append(c | dict(source=src))
+    CODE[str(rel.with_suffix('.html'))] = imported([c['source'] for c in cells if c['cell_type'] == 'code'], json.dumps(nb['cells']))
     (SRC / rel).parent.mkdir(parents=True, exist_ok=True); (SRC / rel).write_text(json.dumps(nb | dict(cells=cells)))
 
 
@@ -111,7 +142,8 @@ def main():
     reference(); chapters = sorted(p.stem for p in NBS.glob('[0-9]*.ipynb')); api = [p.stem for p in sorted((NBS / 'api').glob('*.ipynb'))]
     index = json.loads((SRC / 'index.ipynb').read_text()); toc = lambda caption, pages: f'```{{toctree}}\n:hidden:\n:caption: {caption}\n\n' + '\n'.join(pages) + '\n```'
     index['cells'].append(dict(cell_type='markdown', metadata={}, id='toc', source='\n\n'.join([toc('Chapters', chapters), toc('Tools', [f'api/{a}' for a in api]), toc('Look up', ['reference/index', 'glossary', 'references'])]))); (SRC / 'index.ipynb').write_text(json.dumps(index))
-    sys.exit(subprocess.run([sys.executable, '-m', 'sphinx', '-b', 'html', '-W', '--keep-going', '-q', '-j', 'auto', SRC, SITE / 'html']).returncode)
+    failed = subprocess.run([sys.executable, '-m', 'sphinx', '-b', 'html', '-W', '--keep-going', '-q', '-j', 'auto', SRC, SITE / 'html']).returncode
+    link_code(); sys.exit(failed)
 
 
 if __name__ == '__main__': main()

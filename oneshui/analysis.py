@@ -62,7 +62,8 @@ def figure_style() -> dict:
     "Fonts and lines for all figures; returns method -> (colour, marker)."
     import matplotlib.pyplot as plt, seaborn as sns
     plt.rcParams.update({'font.size': 9.5, 'axes.titlesize': 10, 'axes.labelsize': 9.5, 'legend.fontsize': 8.5, 'xtick.labelsize': 9, 'ytick.labelsize': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'figure.constrained_layout.use': True, 'legend.frameon': False})
-    names = ['pretrain', 'retrain', *METHODS]; colours = ['.45', 'k', *sns.color_palette('colorblind', max(8, len(METHODS)))]
+    palette = sns.color_palette('colorblind', 10); colours = ['.45', 'k', *[palette[i] for i in (0, 1, 2, 3, 5, 6, 9, 4, 8, 7)] * 3]   # pale ones late, and its grey, which looks like Pretrain's, last
+    names = ['pretrain', 'retrain', *METHODS]
     return {m: (c, k) for m, c, k in zip(names, colours, 'ox^sDvP*Xph<>' * 3)}
 
 # %% ../nbs/api/analysis.ipynb #c52cc028

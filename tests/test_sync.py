@@ -44,7 +44,7 @@ def test_notebooks_carry_their_outputs_and_no_noise():
         for o in outputs:
             assert o['output_type'] != 'error', f'{n.name}: {o.get("evalue")}'
             assert o.get('name') != 'stderr', f'{n.name}: {"".join(o["text"])[:200]}'
-            assert 'application/vnd.jupyter.widget-view+json' not in o.get('data', {}), f'{n.name}: a widget that no reader can see'
+            assert 'application/vnd.jupyter.widget-view+json' not in o.get('data', {}), f'{n.name}: a widget that no reader can see: run python docs/clean.py'
 
 
 def test_parameters_tag_survives():

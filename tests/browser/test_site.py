@@ -5,6 +5,7 @@ from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin, urlparse
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import sync_playwright
 
 SITE = Path(__file__).resolve().parents[2] / 'build/docs/html'; PAGES = sorted(p.relative_to(SITE).as_posix() for p in SITE.rglob('*.html'))
@@ -62,6 +63,21 @@ def test_a_page_is_whole(page, url, name):
     assert page.evaluate("[...document.querySelectorAll('.math')].filter(m => !m.querySelector('math')).length") == 0, 'a formula is not rendered'
     assert page.evaluate("document.querySelectorAll('.katex-error').length") == 0 and page.locator('article h1').count() == 1
     assert page.trouble == []
+
+
+@pytest.mark.parametrize('theme', ['light', 'dark'])
+@pytest.mark.parametrize('name', CHAPTERS + ['glossary.html', 'references.html', 'reference/metaunlearn.html', 'api/explore.html', 'search.html'])
+def test_everybody_can_read_it(page, url, name, theme):
+    "WCAG 2 A and AA by axe: alternative texts, contrast, names of controls, keyboard reach."
+    page.emulate_media(color_scheme=theme); page.goto(url + name); page.wait_for_load_state('networkidle')
+    found = Axe().run(page, options=dict(runOnly=['wcag2a', 'wcag2aa'])).response['violations']
+    assert not found, '\n'.join(f'{v["id"]}: {n["html"][:200]}' for v in found for n in v['nodes'][:5])
+    blind = page.evaluate("[...document.querySelectorAll('article img')].filter(i => !i.alt || i.alt.startsWith('_images')).map(i => i.src)"); assert not blind, f'no alternative text: {blind}'
+
+
+def test_names_in_code_lead_to_their_definitions(page, url):
+    page.goto(url + '03_metaunlearn.html'); page.locator('.cell_input a', has_text='simulate_requests').first.click()
+    assert page.url.startswith(url + 'reference/data.html#') and page.evaluate("!!document.getElementById(location.hash.slice(1))") and page.trouble == []
 
 
 def test_search_finds_the_hypergradient(page, url):

@@ -5,4 +5,8 @@ addEventListener("load", () => {
     mi.textContent = [...mi.textContent].map(c => odd[c] ?? (c >= "A" && c <= "Z" ? String.fromCodePoint(0x1D49C + c.charCodeAt(0) - 65) : c)).join("");
     mi.removeAttribute("mathvariant");
   }
+  // the theme's arrows in the table of contents have no name for those who cannot see them
+  for (const s of document.querySelectorAll("summary:has(.toctree-toggle)")) s.setAttribute("aria-label", "pages of this section");
+  // docutils gives references a role that browsers no longer know
+  for (const e of document.querySelectorAll('[role="doc-biblioentry"]')) e.setAttribute("role", "listitem");
 });
