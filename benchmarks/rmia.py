@@ -16,4 +16,6 @@ def timed(population):
     return time.perf_counter() - t, megabytes() - before
 
 pairs, more = timed(z); sort, less = timed(one); full = 5000 * 30_000 * 8 / 1e6
-print(f'16 settings, population in one view (sorted): {sort:.2f} s, {less:.0f} MB more\n16 settings, population in eight views (pairs): {pairs:.1f} s, {more:.0f} MB more; {pairs / sort:.0f} × the time\na matrix of all pairs and views would hold {full:.0f} MB as booleans')
+print(
+    f'16 settings, population in one view (sorted): {sort:.2f} s, {less:.0f} MB more\n16 settings, population in eight views (pairs): {pairs:.1f} s, {more:.0f} MB more; {pairs / sort:.0f} × the time\na matrix of all pairs and views would hold {full:.0f} MB as booleans'
+)

@@ -5,7 +5,8 @@ from pathlib import Path
 VIEW = 'application/vnd.jupyter.widget-view+json'
 
 for path in (Path(__file__).resolve().parents[1] / 'nbs').rglob('*.ipynb'):
-    nb = json.loads(path.read_text()); views = [o['data'] for c in nb['cells'] for o in c.get('outputs', []) if VIEW in o.get('data', {})]
+    nb = json.loads(path.read_text())
+    views = [o['data'] for c in nb['cells'] for o in c.get('outputs', []) if VIEW in o.get('data', {})]
     for data in views: del data[VIEW]
     state = nb['metadata'].pop('widgets', None)
     if views or state: path.write_text(json.dumps(nb, indent=1, ensure_ascii=False) + '\n')

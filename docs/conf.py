@@ -2,7 +2,9 @@
 from configparser import ConfigParser
 from pathlib import Path
 
-_s = ConfigParser(delimiters=['='], interpolation=None); _s.read(Path(__file__).parent / 'settings.ini', encoding='utf-8'); _s = _s['DEFAULT']
+_s = ConfigParser(delimiters=['='], interpolation=None)
+_s.read(Path(__file__).parent / 'settings.ini', encoding='utf-8')
+_s = _s['DEFAULT']
 project, author, copyright, release, language = _s['title'], _s['author'], _s['copyright'], _s['version'], 'en'
 extensions = ['myst_nb', 'sphinxcontrib.katex', 'sphinxcontrib.bibtex', 'sphinx_copybutton']
 html_theme, html_title, html_static_path, html_css_files = 'sphinx_book_theme', 'oneshui', ['_static'], ['oneshui.css']

@@ -49,7 +49,8 @@ def write_table(
     formatted: pd.DataFrame | None = None,  # strings for .md and .tex; None: the table itself
 ):
     "`out/name.csv`, `.md`, `.tex`."
-    table.to_csv(out / f'{name}.csv', index=False, float_format='%.5g'); f = (table if formatted is None else formatted).astype(str)
+    table.to_csv(out / f'{name}.csv', index=False, float_format='%.5g')
+    f = (table if formatted is None else formatted).astype(str)
     for style in ('md', 'tex'): (out / f'{name}.{style}').write_text(tabular(f, style))
 
 def save_figure(fig, out: Path, name: str):
@@ -62,7 +63,9 @@ def figure_style() -> dict:
     "Fonts and lines for all figures; returns method -> (colour, marker)."
     import matplotlib.pyplot as plt, seaborn as sns
     plt.rcParams.update({'font.size': 9.5, 'axes.titlesize': 10, 'axes.labelsize': 9.5, 'legend.fontsize': 8.5, 'xtick.labelsize': 9, 'ytick.labelsize': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'figure.constrained_layout.use': True, 'legend.frameon': False})
-    palette = sns.color_palette('colorblind', 10); colours = ['.45', 'k', *[palette[i] for i in (0, 1, 2, 3, 5, 6, 9, 4, 8, 7)] * 3]   # pale ones late, and its grey, which looks like Pretrain's, last
+    palette = sns.color_palette('colorblind', 10)
+    # pale ones late, and its grey, which looks like Pretrain's, last
+    colours = ['.45', 'k', *[palette[i] for i in (0, 1, 2, 3, 5, 6, 9, 4, 8, 7)] * 3]
     names = ['pretrain', 'retrain', *METHODS]
     return {m: (c, k) for m, c, k in zip(names, colours, 'ox^sDvP*Xph<>' * 3)}
 
@@ -71,7 +74,8 @@ def metaunlearn_variants(
     base: dict,   # MetaUnlearn's hyper-parameters of a cell
 ) -> dict:        # ablation -> label -> changed hyper-parameters
     "The ablations of the paper (spec §6). The first entry of each is the default."
-    epochs = base.get('epochs', 3); less = lambda *drop: dict(inputs=[i for i in ('logits', 'features', 'targets', 'identities') if i not in drop])
+    epochs = base.get('epochs', 3)
+    less = lambda *drop: dict(inputs=[i for i in ('logits', 'features', 'targets', 'identities') if i not in drop])
     return dict(
         objective={'both terms': {}, 'original validation only': dict(terms='original'), 'unlearned validation only': dict(terms='unlearned'), 'reverse alignment': dict(terms='reverse'), "SCRUB's loss": dict(terms='scrub'), 'both, and a retain step': dict(retain_step=True)},
         inputs={'all inputs': {}, 'no identities': less('identities'), 'no targets': less('targets'), 'no features': less('features'), 'no score scaling': dict(scaled=False)},
@@ -85,13 +89,24 @@ def variant_specs(
     method: str = 'metaunlearn',
 ) -> dict:                         # (label, seed) -> RunSpec
     "The runs that an ablation compares."
-    base = preset.hyper(dataset, method, n_forget); return {(label, k): store.spec(preset, dataset, n_forget, k, method, base | change) for label, change in variants.items() for k in seeds}
+    base = preset.hyper(dataset, method, n_forget)
+    return {
+        (label, k): store.spec(preset, dataset, n_forget, k, method, base | change)
+        for label, change in variants.items()
+        for k in seeds
+    }
 
 def scores_of(
     store: RunStore, specs: dict,  # (label, seed, …) -> RunSpec, made already
 ) -> pd.DataFrame:                 # variant, dataset, n_forget, seed, retain, forget, test, tow, mia
     "Scores of runs as a table."
-    return pd.DataFrame([dict(variant=label, dataset=s.dataset, n_forget=s.n_forget, seed=k) | {c: v for c, v in cell_metrics(store, s).items() if c in (*SCORES, 'tow', 'mia', 'prepare_seconds')} for (label, k, *_), s in specs.items()])
+    return pd.DataFrame(
+        [
+            dict(variant=label, dataset=s.dataset, n_forget=s.n_forget, seed=k)
+            | {c: v for c, v in cell_metrics(store, s).items() if c in (*SCORES, 'tow', 'mia', 'prepare_seconds')}
+            for (label, k, *_), s in specs.items()
+        ]
+    )
 
 def variant_table(
     scores: pd.DataFrame,  # from `scores_of`
@@ -103,9 +118,30 @@ def variant_table(
     for cell, t in scores.groupby(keys, sort=False):
         base = t[t.variant == baseline].set_index('seed')[value]
         for label, u in t.groupby('variant', sort=False):
-            d = (u.set_index('seed')[value] - base).dropna(); cols = {c: t_interval(u[c]) for c in (*SCORES, value)}; diff = t_interval(d) if len(d) else (math.nan, math.nan, 0)
-            numbers.append(dict(zip(keys, cell)) | dict(variant=label) | {f'{c}{e}': x[i] for c, x in cols.items() for i, e in enumerate(('', '_half'))} | dict(difference=diff[0], difference_half=diff[1], n=len(u)))
-            rows.append(dict(zip(('data set', 'N_S'), cell)) | dict(variant=label, D_r=mean_pm(u.retain), D_f=mean_pm(u.forget), D_te=mean_pm(u.test), ToW=mean_pm(u[value]), **{'Δ ToW': '' if label == baseline or not len(d) else mean_pm(d), 'clear of 0': '' if label == baseline or not len(d) else clear_of_zero(d), 'seeds': len(u)}))
+            d = (u.set_index('seed')[value] - base).dropna()
+            cols = {c: t_interval(u[c]) for c in (*SCORES, value)}
+            diff = t_interval(d) if len(d) else (math.nan, math.nan, 0)
+            numbers.append(
+                dict(zip(keys, cell))
+                | dict(variant=label)
+                | {f'{c}{e}': x[i] for c, x in cols.items() for i, e in enumerate(('', '_half'))}
+                | dict(difference=diff[0], difference_half=diff[1], n=len(u))
+            )
+            rows.append(
+                dict(zip(('data set', 'N_S'), cell))
+                | dict(
+                    variant=label,
+                    D_r=mean_pm(u.retain),
+                    D_f=mean_pm(u.forget),
+                    D_te=mean_pm(u.test),
+                    ToW=mean_pm(u[value]),
+                    **{
+                        'Δ ToW': '' if label == baseline or not len(d) else mean_pm(d),
+                        'clear of 0': '' if label == baseline or not len(d) else clear_of_zero(d),
+                        'seeds': len(u),
+                    }
+                )
+            )
     return pd.DataFrame(numbers), pd.DataFrame(rows)
 
 def plot_variants(
@@ -113,13 +149,26 @@ def plot_variants(
 ):
     "ToW of every variant, a dot a seed, a bar the mean with its 95 % interval."
     import matplotlib.pyplot as plt
-    figure_style(); cells = list(scores.groupby(['dataset', 'n_forget'], sort=False)); labels = list(dict.fromkeys(scores.variant))
-    fig, axes = plt.subplots(1, len(cells), figsize=(max(4.6, 3.2 * len(cells)), .7 + .34 * len(labels)), sharey=True, squeeze=False)
+    figure_style()
+    cells = list(scores.groupby(['dataset', 'n_forget'], sort=False))
+    labels = list(dict.fromkeys(scores.variant))
+    fig, axes = plt.subplots(
+        1, len(cells), figsize=(max(4.6, 3.2 * len(cells)), 0.7 + 0.34 * len(labels)), sharey=True, squeeze=False
+    )
     for ax, (cell, t) in zip(axes[0], cells):
         for i, label in enumerate(labels):
-            v = t[t.variant == label].tow; m, h, _ = t_interval(v); c = '#0072B2' if label != baseline else 'k'
-            ax.errorbar(m, i, xerr=0 if math.isnan(h) else h, fmt='o', color=c, ms=5, capsize=3, lw=1.2); ax.plot(v, np.full(len(v), i + .22), '|', color='.5', ms=6)
-        ax.set(yticks=range(len(labels)), yticklabels=labels, xlabel='ToW', title=f'{cell[0]}, $N_S$ = {cell[1]}' + (f': {title}' if title else '')); ax.set_ylim(len(labels) - .5, -.6)
+            v = t[t.variant == label].tow
+            m, h, _ = t_interval(v)
+            c = '#0072B2' if label != baseline else 'k'
+            ax.errorbar(m, i, xerr=0 if math.isnan(h) else h, fmt='o', color=c, ms=5, capsize=3, lw=1.2)
+            ax.plot(v, np.full(len(v), i + .22), '|', color='.5', ms=6)
+        ax.set(
+            yticks=range(len(labels)),
+            yticklabels=labels,
+            xlabel='ToW',
+            title=f'{cell[0]}, $N_S$ = {cell[1]}' + (f': {title}' if title else ''),
+        )
+        ax.set_ylim(len(labels) - .5, -.6)
         v = t.tow; ax.set_xlim(max(0, np.nanmin(v) - 4), min(101, np.nanmax(v) + 4))
         if reference is not None and cell in reference: ax.axvline(reference[cell], color='.5', ls=':', lw=1)
     return fig
@@ -139,8 +188,14 @@ def _scores(model, sets): return {d: score(predict(model, sets[d]), sets[d].y) f
 
 def in_turn(store: RunStore, s: RunSpec, parts: list) -> dict:
     "Scores and ToW after the people of a request asked in turn. `parts`: positions in the support set, a list a request."
-    r = store.request(s); D = store.sets(s, r); m = get_method(s.method); state = store.prepared(s)[0]; model = store.get(store.pretrain_of(s)).model(); torch.manual_seed(2_000_000 + s.seed)
-    for part in parts: model = m.unlearn(model, support_set(D['val'].pixels, r.support[np.asarray(part)]), state, s.hyper)
+    r = store.request(s)
+    D = store.sets(s, r)
+    m = get_method(s.method)
+    state = store.prepared(s)[0]
+    model = store.get(store.pretrain_of(s)).model()
+    torch.manual_seed(2_000_000 + s.seed)
+    for part in parts:
+        model = m.unlearn(model, support_set(D['val'].pixels, r.support[np.asarray(part)]), state, s.hyper)
     q = _scores(model, D); return q | dict(tow=tug_of_war(q, store.get(store.retrain_of(s)).metrics))
 
 def split_request(
@@ -160,7 +215,10 @@ def _backbone(store, s, n): return create_model(s.model, n, 0)
 
 def portrait_similarity(store: RunStore, s: RunSpec) -> list:
     "Cosine of every image of D_f (in the request's order) with its person's Support Sample."
-    r = store.request(s); px = store.pixels(s.dataset, s.model.image_size); D, S = ImageSet(px, r.forget), ImageSet(px, r.support); net = _backbone(store, s, D.n_classes)
+    r = store.request(s)
+    px = store.pixels(s.dataset, s.model.image_size)
+    D, S = ImageSet(px, r.forget), ImageSet(px, r.support)
+    net = _backbone(store, s, D.n_classes)
     f, g = _features(net, D), _features(net, S); at = {i: k for k, i in enumerate(S.identity.tolist())}
     return [round(float(f[k] @ g[at[i]]), 5) for k, i in enumerate(D.identity.tolist())]
 
@@ -172,10 +230,23 @@ def forgetting_by_image(
     n_jobs: int = 2,
 ) -> pd.DataFrame:  # a row an image of D_f and a run: dataset, n_forget, seed, method, person, cosine, images (of the person), loss, pretrain, retrain
     "How the loss on every forgotten image moved, beside how much it looks like the portrait."
-    requests = list({(s.dataset, s.n_forget, s.seed): store.pretrain_of(s).model_copy(update=dict(n_forget=s.n_forget)) for s in specs}.values())
-    cosine = {(s.dataset, s.n_forget, s.seed): c for s, c in zip(requests, measure(store, portrait_similarity, [(s, {}) for s in requests], 'similarity', n_jobs))}; parts = []
+    requests = list(
+        {
+            (s.dataset, s.n_forget, s.seed): store.pretrain_of(s).model_copy(update=dict(n_forget=s.n_forget))
+            for s in specs
+        }.values()
+    )
+    cosine = {
+        (s.dataset, s.n_forget, s.seed): c
+        for s, c in zip(
+            requests, measure(store, portrait_similarity, [(s, {}) for s in requests], 'similarity', n_jobs)
+        )
+    }
+    parts = []
     for s in specs:
-        r = store.request(s); who = store.faces(s.dataset).identity[r.forget]; _, at, count = np.unique(who, return_inverse=True, return_counts=True)
+        r = store.request(s)
+        who = store.faces(s.dataset).identity[r.forget]
+        _, at, count = np.unique(who, return_inverse=True, return_counts=True)
         parts.append(pd.DataFrame(dict(dataset=s.dataset, n_forget=s.n_forget, seed=s.seed, method=s.method, person=who, cosine=cosine[s.dataset, s.n_forget, s.seed], images=count[at],
             loss=_losses(store, s)['forget'], pretrain=_losses(store, s.model_copy(update=dict(method='pretrain', hyper={})))['forget'], retrain=_losses(store, store.retrain_of(s))['forget'])))
     return pd.concat(parts, ignore_index=True)
@@ -190,15 +261,53 @@ def progress_by_bin(
     "Progress from Pretrain to Retrain in each bin, with bootstrap intervals over people."
     rows, rng = [], np.random.default_rng(seed)
     for dataset, t in images.groupby('dataset', sort=False):
-        edges = np.unique(np.quantile(t[by], np.linspace(0, 1, bins + 1))); k = max(1, len(edges) - 1); t = t.assign(bin=np.clip(np.searchsorted(edges, t[by], side='right') - 1, 0, k - 1), who=t.n_forget.astype(str) + '/' + t.seed.astype(str) + '/' + t.person.astype(str))
-        names, _ = pd.factorize(t.who, sort=True); t = t.assign(who=names); people = names.max() + 1; weights = np.stack([np.bincount(rng.integers(0, people, people), minlength=people) for _ in range(boot)])
+        edges = np.unique(np.quantile(t[by], np.linspace(0, 1, bins + 1)))
+        k = max(1, len(edges) - 1)
+        t = t.assign(
+            bin=np.clip(np.searchsorted(edges, t[by], side='right') - 1, 0, k - 1),
+            who=t.n_forget.astype(str) + '/' + t.seed.astype(str) + '/' + t.person.astype(str),
+        )
+        names, _ = pd.factorize(t.who, sort=True)
+        t = t.assign(who=names)
+        people = names.max() + 1
+        weights = np.stack([np.bincount(rng.integers(0, people, people), minlength=people) for _ in range(boot)])
         for method, u in t.groupby('method', sort=False):
-            sums = np.zeros((2, people, k)); np.add.at(sums[0], (u.who, u.bin), u.loss - u.pretrain); np.add.at(sums[1], (u.who, u.bin), u.retrain - u.pretrain)
-            point = sums[0].sum(0) / sums[1].sum(0); many = np.einsum('bp,pk->bk', weights, sums[0]) / np.einsum('bp,pk->bk', weights, sums[1])
+            sums = np.zeros((2, people, k))
+            np.add.at(sums[0], (u.who, u.bin), u.loss - u.pretrain)
+            np.add.at(sums[1], (u.who, u.bin), u.retrain - u.pretrain)
+            point = sums[0].sum(0) / sums[1].sum(0)
+            many = np.einsum('bp,pk->bk', weights, sums[0]) / np.einsum('bp,pk->bk', weights, sums[1])
             q = lambda x: np.nanquantile(x, [(1 - level) / 2, (1 + level) / 2], axis=0)
-            low, high = q(many); size = u.groupby('bin').agg(n=(by, 'size'), centre=(by, 'mean'), people=('who', 'nunique'))
-            for b in size.index: rows.append(dict(dataset=dataset, method=method, bin=str(b), centre=size.centre[b], progress=point[b], low=low[b], high=high[b], n=int(size.n[b]), people=int(size.people[b])))
-            l, h = q(many[:, -1] - many[:, 0]); rows.append(dict(dataset=dataset, method=method, bin='last − first', centre=math.nan, progress=point[-1] - point[0], low=l, high=h, n=len(u), people=int(u.who.nunique())))
+            low, high = q(many)
+            size = u.groupby('bin').agg(n=(by, 'size'), centre=(by, 'mean'), people=('who', 'nunique'))
+            for b in size.index:
+                rows.append(
+                    dict(
+                        dataset=dataset,
+                        method=method,
+                        bin=str(b),
+                        centre=size.centre[b],
+                        progress=point[b],
+                        low=low[b],
+                        high=high[b],
+                        n=int(size.n[b]),
+                        people=int(size.people[b]),
+                    )
+                )
+            l, h = q(many[:, -1] - many[:, 0])
+            rows.append(
+                dict(
+                    dataset=dataset,
+                    method=method,
+                    bin='last − first',
+                    centre=math.nan,
+                    progress=point[-1] - point[0],
+                    low=l,
+                    high=h,
+                    n=len(u),
+                    people=int(u.who.nunique()),
+                )
+            )
     return pd.DataFrame(rows)
 
 # %% ../nbs/api/analysis.ipynb #49700ab4
@@ -206,47 +315,90 @@ PORTRAITS = ('handed in', 'any', 'typical', 'unusual')
 
 def _choices(store, s, r):
     # choice -> image indices, a person each
-    px = store.pixels(s.dataset, s.model.image_size); D = ImageSet(px, r.forget); f = _features(_backbone(store, s, D.n_classes), D); rng = np.random.default_rng([s.seed, 7]); out = {c: [] for c in PORTRAITS[1:]}
+    px = store.pixels(s.dataset, s.model.image_size)
+    D = ImageSet(px, r.forget)
+    f = _features(_backbone(store, s, D.n_classes), D)
+    rng = np.random.default_rng([s.seed, 7])
+    out = {c: [] for c in PORTRAITS[1:]}
     for i in r.forget_identities:
         mine = np.flatnonzero(D.identity == i); near = f[mine] @ f[mine].mean(0)
-        for c, k in (('any', rng.integers(len(mine))), ('typical', near.argmax()), ('unusual', near.argmin())): out[c].append(r.forget[mine[k]])
+        for c, k in (('any', rng.integers(len(mine))), ('typical', near.argmax()), ('unusual', near.argmin())):
+            out[c].append(r.forget[mine[k]])
     return {'handed in': r.support} | {c: np.array(v) for c, v in out.items()}
 
 def with_portrait(store: RunStore, s: RunSpec, choice: str) -> dict:
     "Scores, ToW and mean loss on D_f when each person hands in another picture; D_f without all candidates."
-    r = store.request(s); D = store.sets(s, r); all_ = _choices(store, s, r); rest = np.setdiff1d(r.forget, np.concatenate([all_[c] for c in PORTRAITS[1:]])); D['forget'] = ImageSet(D['val'].pixels, rest if len(rest) else r.forget)
-    torch.manual_seed(2_000_000 + s.seed); model = get_method(s.method).unlearn(store.get(store.pretrain_of(s)).model(), support_set(D['val'].pixels, all_[choice]), store.prepared(s)[0], s.hyper)
-    gold = store.get(store.retrain_of(s)); q, on_rest = _scores(model, D), score(predict(gold.model(), D['forget']), D['forget'].y); gold = gold.metrics | dict(forget=on_rest)
+    r = store.request(s)
+    D = store.sets(s, r)
+    all_ = _choices(store, s, r)
+    rest = np.setdiff1d(r.forget, np.concatenate([all_[c] for c in PORTRAITS[1:]]))
+    D['forget'] = ImageSet(D['val'].pixels, rest if len(rest) else r.forget)
+    torch.manual_seed(2_000_000 + s.seed)
+    model = get_method(s.method).unlearn(
+        store.get(store.pretrain_of(s)).model(),
+        support_set(D['val'].pixels, all_[choice]),
+        store.prepared(s)[0],
+        s.hyper,
+    )
+    gold = store.get(store.retrain_of(s))
+    q, on_rest = _scores(model, D), score(predict(gold.model(), D['forget']), D['forget'].y)
+    gold = gold.metrics | dict(forget=on_rest)
     return q | dict(tow=tug_of_war(q, gold), forget_gap=q['forget'] - gold['forget'], images=len(D['forget']))
 
 # %% ../nbs/api/analysis.ipynb #aaf5b17f
 def _population_losses(store, s, r, model, few):
     # plain losses on (D_r, D_f, D_v)[few]: stored with a run, except of reference models and of another request's Retrain
-    if s.start == 'pretrain' and (s.method != 'retrain' or s.n_forget == r.n_forget): l = _losses(store, s); return np.concatenate([l[d] for d in ('retain', 'forget', 'val')])[few]
-    z = ImageSet(store.pixels(s.dataset, s.model.image_size), np.concatenate([r.retain, r.forget, r.val])[few]); return task_loss(predict(model, z, dtype=s.train.precision, workers=s.train.workers), z.y, 'none').numpy()
+    if s.start == 'pretrain' and (s.method != 'retrain' or s.n_forget == r.n_forget):
+        l = _losses(store, s)
+        return np.concatenate([l[d] for d in ('retain', 'forget', 'val')])[few]
+    z = ImageSet(store.pixels(s.dataset, s.model.image_size), np.concatenate([r.retain, r.forget, r.val])[few])
+    return task_loss(predict(model, z, dtype=s.train.precision, workers=s.train.workers), z.y, 'none').numpy()
 
 def rmia_scores(store: RunStore, s: RunSpec, views: int = 8, most: int = 30_000) -> dict:
     "RMIA scores of D_f and D_te for every (γ, a). Population: train ∪ val, at most `most` images, each in one view (spec §4)."
-    r = store.request(s); t = s.train; image_set = lambda idx: ImageSet(store.pixels(s.dataset, s.model.image_size), idx); few = np.random.default_rng([s.seed, 11]).permutation(len(r.train) + len(r.val))[:most]
-    ref = store.reference_of(s); models = [store.get(x).model() for x in (s, ref)]; seen = lambda idx, seed: [augmented_losses(m, image_set(idx), t.crop, views, seed, t.precision, t.workers) for m in models]
-    population = [_population_losses(store, x, r, m, few)[None] for x, m in zip((s, ref), models)]; sets = [seen(r.forget, 0), seen(r.test, 1)]
+    r = store.request(s)
+    t = s.train
+    image_set = lambda idx: ImageSet(store.pixels(s.dataset, s.model.image_size), idx)
+    few = np.random.default_rng([s.seed, 11]).permutation(len(r.train) + len(r.val))[:most]
+    ref = store.reference_of(s)
+    models = [store.get(x).model() for x in (s, ref)]
+    seen = lambda idx, seed: [augmented_losses(m, image_set(idx), t.crop, views, seed, t.precision, t.workers) for m in models]
+    population = [_population_losses(store, x, r, m, few)[None] for x, m in zip((s, ref), models)]
+    sets = [seen(r.forget, 0), seen(r.test, 1)]
     return {f'{g},{a}': [[round(float(v), 6) for v in rmia(x, population, g, a)] for x in sets] for g, a in RMIA_GRID}
 
 def released_rmia_scores(store: RunStore, s: RunSpec, views: int = 8, most: int = 30_000, most_others: int = 7_000) -> dict:
     "The released variant on the same models: losses, D_f against D_v, the population augmented view by view (spec §7.9)."
-    r = store.request(s); t = s.train; rng = np.random.default_rng([s.seed, 11]); few = lambda idx, k: np.sort(rng.permutation(idx)[:k]); models = [store.get(x).model() for x in (s, store.reference_of(s))]
-    L = [[augmented_losses(m, ImageSet(store.pixels(s.dataset, s.model.image_size), idx), t.crop, views, i, t.precision, t.workers) for m in models] for i, idx in enumerate((r.forget, few(r.val, most_others), few(np.concatenate([r.train, r.val]), most)))]
+    r = store.request(s)
+    t = s.train
+    rng = np.random.default_rng([s.seed, 11])
+    few = lambda idx, k: np.sort(rng.permutation(idx)[:k])
+    models = [store.get(x).model() for x in (s, store.reference_of(s))]
+    L = [
+        [
+            augmented_losses(
+                m, ImageSet(store.pixels(s.dataset, s.model.image_size), idx), t.crop, views, i, t.precision, t.workers
+            )
+            for m in models
+        ]
+        for i, idx in enumerate((r.forget, few(r.val, most_others), few(np.concatenate([r.train, r.val]), most)))
+    ]
     return {f'{g},{a}': [[round(float(v), 6) for v in rmia(x, L[2], g, a, 'loss')] for x in L[:2]] for g, a in RMIA_GRID}
 
 def _lira_scores(store, specs, k):
     # Λ of D_f and D_te of seed k, the other seeds' runs of the same method as references
-    r = store.request(specs[k]); idx = np.concatenate([r.forget, r.test]); own = _losses(store, specs[k]); n = len(store.faces(specs[k].dataset)); ref, member = [], []
+    r = store.request(specs[k])
+    idx = np.concatenate([r.forget, r.test])
+    own = _losses(store, specs[k])
+    n = len(store.faces(specs[k].dataset))
+    ref, member = [], []
     for j, s in specs.items():
         if j == k: continue
         q, l = store.request(s), _losses(store, s); loss, was = np.full(n, np.nan), np.zeros(n, bool)
         for d in ('retain', 'val', 'test'): loss[getattr(q, d)] = l[d]
         was[q.retain] = True; ref.append(loss[idx]); member.append(was[idx])
-    both = lira(np.concatenate([own['forget'], own['test']]), np.array(ref), np.array(member)); return both[:len(r.forget)], both[len(r.forget):]
+    both = lira(np.concatenate([own['forget'], own['test']]), np.array(ref), np.array(member))
+    return both[:len(r.forget)], both[len(r.forget):]
 
 def attack_runs(
     store: RunStore, specs: dict,  # (dataset, n_forget, seed, method) -> RunSpec, made already
@@ -255,24 +407,48 @@ def attack_runs(
 ) -> tuple:  # table: dataset, n_forget, seed, method, attack, auc, tpr (with intervals), fpr, n_members, n_others, setting; and scores[key, attack] = (members, others)
     "RMIA (its setting chosen on the other seeds: 'rmia'; on the target: 'rmia_best'), U-LiRA ('lira') and 'rmia_released' of all runs. Makes the reference models that are missing."
     make_runs(store, [store.reference_of(s) for s in specs.values()], n_jobs); rows, scores = [], {}
-    ask = lambda fn, label: dict(zip(specs, measure(store, fn, [(s, {}) for s in specs.values()], label, n_jobs))); quick = lambda pair: attack_summary(*map(np.array, pair), boot=2)
-    found = ask(rmia_scores, 'RMIA'); theirs = ask(released_rmia_scores, 'released RMIA') if released else {}; grid = {key: {c: quick(p) for c, p in f.items()} for key, f in found.items()}
+    ask = lambda fn, label: dict(zip(specs, measure(store, fn, [(s, {}) for s in specs.values()], label, n_jobs)))
+    quick = lambda pair: attack_summary(*map(np.array, pair), boot=2)
+    found = ask(rmia_scores, 'RMIA')
+    theirs = ask(released_rmia_scores, 'released RMIA') if released else {}
+    grid = {key: {c: quick(p) for c, p in f.items()} for key, f in found.items()}
     for key, s in specs.items():
-        d, n, k, m = key; r = store.request(s); who = store.faces(d).identity; people = (who[r.forget], who[r.test]); peers = {j: specs[d, n, j, m] for dd, nn, j, mm in specs if (dd, nn, mm) == (d, n, m)}; others = [j for j in peers if j != k]
-        chosen = max(grid[key], key=lambda c: np.mean([grid[d, n, j, m][c]['auc'] for j in others])) if others else '2,0.3'; best = max(grid[key], key=lambda c: grid[key][c]['auc'])
-        settings = dict(rmia=chosen, rmia_best=best, lira=''); scores[key, 'rmia'], scores[key, 'rmia_best'] = (tuple(map(np.array, found[key][c])) for c in (chosen, best))
-        if released: settings['rmia_released'] = max(theirs[key], key=lambda c: quick(theirs[key][c])['tpr']); scores[key, 'rmia_released'] = tuple(map(np.array, theirs[key][settings['rmia_released']]))
+        d, n, k, m = key
+        r = store.request(s)
+        who = store.faces(d).identity
+        people = (who[r.forget], who[r.test])
+        peers = {j: specs[d, n, j, m] for dd, nn, j, mm in specs if (dd, nn, mm) == (d, n, m)}
+        others = [j for j in peers if j != k]
+        chosen = max(grid[key], key=lambda c: np.mean([grid[d, n, j, m][c]['auc'] for j in others])) if others else '2,0.3'
+        best = max(grid[key], key=lambda c: grid[key][c]['auc'])
+        settings = dict(rmia=chosen, rmia_best=best, lira='')
+        scores[key, 'rmia'], scores[key, 'rmia_best'] = (tuple(map(np.array, found[key][c])) for c in (chosen, best))
+        if released:
+            settings['rmia_released'] = max(theirs[key], key=lambda c: quick(theirs[key][c])['tpr'])
+            scores[key, 'rmia_released'] = tuple(map(np.array, theirs[key][settings['rmia_released']]))
         if others:
             try: scores[key, 'lira'] = _lira_scores(store, peers, k)
             except ValueError: pass   # no image of these sets was ever seen, or all were
-        rows += [dict(dataset=d, n_forget=n, seed=k, method=m, attack=a, setting=c) | attack_summary(*scores[key, a], people=None if a == 'rmia_released' else people) for a, c in settings.items() if (key, a) in scores]
+        rows += [
+            dict(dataset=d, n_forget=n, seed=k, method=m, attack=a, setting=c)
+            | attack_summary(*scores[key, a], people=None if a == 'rmia_released' else people)
+            for a, c in settings.items()
+            if (key, a) in scores
+        ]
     return pd.DataFrame(rows), scores
 
 # %% ../nbs/api/analysis.ipynb #a9f9752a
 def _prepared_otherwise(store, s, train, hp):
     # scores after preparing on another training set
-    r = store.request(s); D = store.sets(s, r); m = get_method(s.method); before = store.get(store.pretrain_of(s)).model(); torch.manual_seed(1_000_000 + s.seed); state = m.prepare(before, train(D), D['val'], hp)
-    torch.manual_seed(2_000_000 + s.seed); q = _scores(m.unlearn(before, support_set(D['val'].pixels, r.support), state, hp), D); return q | dict(tow=tug_of_war(q, store.get(store.retrain_of(s)).metrics))
+    r = store.request(s)
+    D = store.sets(s, r)
+    m = get_method(s.method)
+    before = store.get(store.pretrain_of(s)).model()
+    torch.manual_seed(1_000_000 + s.seed)
+    state = m.prepare(before, train(D), D['val'], hp)
+    torch.manual_seed(2_000_000 + s.seed)
+    q = _scores(m.unlearn(before, support_set(D['val'].pixels, r.support), state, hp), D)
+    return q | dict(tow=tug_of_war(q, store.get(store.retrain_of(s)).metrics))
 
 def prepared_without_the_forgotten(store: RunStore, s: RunSpec) -> dict:
     "Scores when no simulated request contains a person who will really ask."
@@ -281,17 +457,33 @@ def prepared_without_the_forgotten(store: RunStore, s: RunSpec) -> dict:
 def prepared_with_single_images(store: RunStore, s: RunSpec, singles: str, share: float = .4) -> dict:
     "Scores when `share` of the people in the meta-training have one image, which is skipped or used on both sides."
     def thinned(D):
-        rng = np.random.default_rng([s.seed, 13]); who = D['train'].identity; people = np.unique(who); poor = rng.permutation(people)[:int(share * len(people))]
-        _, first = np.unique(who, return_index=True); return D['train'].subset(np.flatnonzero(~np.isin(who, poor) | np.isin(np.arange(len(who)), first)))
+        rng = np.random.default_rng([s.seed, 13])
+        who = D['train'].identity
+        people = np.unique(who)
+        poor = rng.permutation(people)[:int(share * len(people))]
+        _, first = np.unique(who, return_index=True)
+        return D['train'].subset(np.flatnonzero(~np.isin(who, poor) | np.isin(np.arange(len(who)), first)))
     return _prepared_otherwise(store, s, thinned, s.hyper | dict(singles=singles))
 
 @torch.no_grad()
 def scaled_as_released(store: RunStore, s: RunSpec, data_dir: str) -> dict:
     "Test scores with images from `data_dir` at their own size: 'ours' resizes with antialiasing, 'released' normalises first and resizes without."
-    faces, r, size = read_faces(s.dataset, data_dir), store.request(s), s.model.image_size; model = store.get(s).model(); y = torch.from_numpy(store.faces(s.dataset).targets[r.test]); logits = dict(ours=[], released=[])
+    faces, r, size = read_faces(s.dataset, data_dir), store.request(s), s.model.image_size
+    model = store.get(s).model()
+    y = torch.from_numpy(store.faces(s.dataset).targets[r.test])
+    logits = dict(ours=[], released=[])
     for rows in np.array_split(r.test, max(1, len(r.test) // 128)):
         raw = [normalise(torch.from_numpy(portrait(faces, int(i)).transpose(2, 0, 1).copy())) for i in rows]
-        for name, antialias in (('ours', True), ('released', False)): logits[name].append(model(torch.stack([v2.functional.resize(a, [size, size], antialias=antialias) for a in raw]).to(device_of(model))).float().cpu())
+        for name, antialias in (('ours', True), ('released', False)):
+            logits[name].append(
+                model(
+                    torch.stack([v2.functional.resize(a, [size, size], antialias=antialias) for a in raw]).to(
+                        device_of(model)
+                    )
+                )
+                .float()
+                .cpu()
+            )
     return {k: score(torch.cat(v), y) for k, v in logits.items()}
 
 def shared_images(

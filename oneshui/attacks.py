@@ -26,15 +26,25 @@ def loss_mia(
     "Random-forest loss attack (spec §4). Non-finite losses count as very large ones."
     clean = lambda x: np.nan_to_num(np.asarray(x, np.float64), nan=1e6, posinf=1e6, neginf=-1e6)[:, None]
     retain, val, forget, test = map(clean, (retain, val, forget, test))
-    X, m = np.concatenate([retain, val]), np.repeat([1, 0], [len(retain), len(val)]); T, t = np.concatenate([forget, test]), np.repeat([1, 0], [len(forget), len(test)])
+    X, m = np.concatenate([retain, val]), np.repeat([1, 0], [len(retain), len(val)])
+    T, t = np.concatenate([forget, test]), np.repeat([1, 0], [len(forget), len(test)])
     rows = []
     for c in criteria:
         rf = RandomForestClassifier(criterion=c, random_state=seed, oob_score=True, n_jobs=1, warm_start=True)
         for n in sorted(trees):   # a forest of 50 trees is the one of 20 with 30 more: grown, not planted again
-            with warnings.catch_warnings(): warnings.simplefilter('ignore'); rf.set_params(n_estimators=n).fit(X, m)   # few trees leave some samples without an out-of-bag vote
-            oob = rf.oob_decision_function_[:, 1]; seen = np.isfinite(oob) & (rf.oob_decision_function_.sum(1) > 0)
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')
+                rf.set_params(n_estimators=n).fit(X, m)   # few trees leave some samples without an out-of-bag vote
+            oob = rf.oob_decision_function_[:, 1]
+            seen = np.isfinite(oob) & (rf.oob_decision_function_.sum(1) > 0)
             p = rf.predict_proba(T)[:, 1]
-            rows.append((roc_auc_score(m[seen], oob[seen]), 100 * roc_auc_score(t, p), 100 * float((p[:len(forget)] <= .5).mean())))
+            rows.append(
+                (
+                    roc_auc_score(m[seen], oob[seen]),
+                    100 * roc_auc_score(t, p),
+                    100 * float((p[: len(forget)] <= 0.5).mean()),
+                )
+            )
     ours, theirs = max(rows, key=lambda r: r[0]), max(rows, key=lambda r: r[2])
     return dict(mia=ours[1], mia_nonmember=ours[2], released_mia=theirs[1], released_mia_nonmember=theirs[2])
 
@@ -56,9 +66,12 @@ def roc(
 ) -> tuple:                                   # fpr, tpr: [b, points], b = 1 without weights; from (0, 0) to (1, 1)
     "ROC of an attack; images with equal scores are one step."
     wm, wo = weights if weights is not None else (np.ones((1, len(members))), np.ones((1, len(others))))
-    s = np.concatenate([members, others]); order = np.argsort(-s, kind='stable'); last = np.flatnonzero(np.append(np.diff(s[order]) != 0, True))
+    s = np.concatenate([members, others])
+    order = np.argsort(-s, kind='stable')
+    last = np.flatnonzero(np.append(np.diff(s[order]) != 0, True))
     def up(w):
-        c = np.cumsum(w[:, order], 1)[:, last]; return np.concatenate([np.zeros((len(c), 1)), c / np.maximum(c[:, -1:], 1)], 1)
+        c = np.cumsum(w[:, order], 1)[:, last]
+        return np.concatenate([np.zeros((len(c), 1)), c / np.maximum(c[:, -1:], 1)], 1)
     return up(np.concatenate([0 * wm, wo], 1)), up(np.concatenate([wm, 0 * wo], 1))
 
 def _tpr_at(fpr, tpr, f): return np.where(fpr <= f + 1e-12, tpr, 0).max(1)
@@ -70,12 +83,18 @@ def attack_summary(
     boot: int = 1000, level: float = .95, seed: int = 0,
 ) -> dict:  # percent: auc, tpr with their bootstrap intervals (…_low, …_high); fpr, n_members, n_others
     "AUC and TPR at a low FPR, with intervals."
-    f = fpr or lowest_fpr(len(others)); rng = np.random.default_rng(seed); groups = people or (np.arange(len(members)), np.arange(len(others)))
+    f = fpr or lowest_fpr(len(others))
+    rng = np.random.default_rng(seed)
+    groups = people or (np.arange(len(members)), np.arange(len(others)))
     both = lambda x, y: np.stack([np.trapezoid(y, x, axis=1), _tpr_at(x, y, f)], 1)   # [b, 2]
-    chunk = max(1, int(2e6 / (len(members) + len(others)))); sizes = [min(chunk, boot - k) for k in range(0, boot, chunk)]   # memory stays flat
-    point = both(*roc(members, others))[0]; many = np.concatenate([both(*roc(members, others, tuple(_weights(g, b, rng) for g in groups))) for b in sizes])
-    low, high = np.quantile(many, [(1 - level) / 2, (1 + level) / 2], axis=0); out = dict(fpr=100 * f, n_members=len(members), n_others=len(others))
-    for i, name in enumerate(('auc', 'tpr')): out |= {name: 100 * float(point[i]), f'{name}_low': 100 * float(low[i]), f'{name}_high': 100 * float(high[i])}
+    chunk = max(1, int(2e6 / (len(members) + len(others))))
+    sizes = [min(chunk, boot - k) for k in range(0, boot, chunk)]   # memory stays flat
+    point = both(*roc(members, others))[0]
+    many = np.concatenate([both(*roc(members, others, tuple(_weights(g, b, rng) for g in groups))) for b in sizes])
+    low, high = np.quantile(many, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    out = dict(fpr=100 * f, n_members=len(members), n_others=len(others))
+    for i, name in enumerate(('auc', 'tpr')):
+        out |= {name: 100 * float(point[i]), f'{name}_low': 100 * float(low[i]), f'{name}_high': 100 * float(high[i])}
     return out
 
 # %% ../nbs/api/attacks.ipynb #4d6576e5
@@ -98,7 +117,9 @@ def _log_ratios(losses, a, signal):
     # log Pr(x|θ)/Pr(x), float32 [A, n]
     own, ref = (np.atleast_2d(np.clip(np.nan_to_num(np.asarray(l, np.float32), nan=88., posinf=88.), 1e-12, 88.)) for l in losses)
     if signal == 'likelihood': return -own - np.log(((1 + a) * np.exp(-ref) + 1 - a) / 2)
-    return np.log(own) - np.log(ref) - np.log(((1 + a) * ref + 1 - a) / 2), np.log(own) - np.log(ref) + np.log(((1 + a) * ref + 1 - a) / 2)
+    return np.log(own) - np.log(ref) - np.log(((1 + a) * ref + 1 - a) / 2), np.log(own) - np.log(ref) + np.log(
+        ((1 + a) * ref + 1 - a) / 2
+    )
 
 def rmia(
     target: tuple,      # losses of the questioned images under (the attacked model, the reference model): [A, n] each, a row a view
@@ -107,10 +128,12 @@ def rmia(
     signal: str = 'likelihood',  # or 'loss', as released
 ) -> np.ndarray:        # [n] 0…1 ('likelihood') or −1…0 ('loss'): larger means member
     "Robust membership inference, offline (Zarifzadeh et al. 2024). Memory does not grow with n × m. Raises `ValueError` on an unknown signal or shapes that do not fit."
-    if signal not in ('likelihood', 'loss'): raise ValueError(f'signal = "{signal}": valid are likelihood, loss.')
+    if signal not in ('likelihood', 'loss'):
+        raise ValueError(f'signal = "{signal}": valid are likelihood, loss.')
     x, z = _log_ratios(target, a, signal), _log_ratios(population, a, signal)
     if signal == 'loss': x, z = x[0], z[1]
-    if len(z) not in (1, len(x)): raise ValueError(f'the population has {len(z)} views and the questioned images {len(x)}: give as many, or one.')
+    if len(z) not in (1, len(x)):
+        raise ValueError(f'the population has {len(z)} views and the questioned images {len(x)}: give as many, or one.')
     share = _dominated(x, z, np.float32(np.log(gamma)))
     return share if signal == 'likelihood' else -share
 
@@ -128,11 +151,24 @@ def augmented_losses(
     def losses(x, y):
         with precision(model, dtype): return task_loss(model(x).float(), y, 'none').cpu().numpy()
     if crop == 1:   # a flip has two outcomes: look at each once and draw
-        both = [np.concatenate(part) for part in zip(*((losses(x, y), losses(x.flip(-1), y)) for x, y in images.batches(batch_size, device=dev, workers=workers)))]
+        both = [
+            np.concatenate(part)
+            for part in zip(
+                *(
+                    (losses(x, y), losses(x.flip(-1), y))
+                    for x, y in images.batches(batch_size, device=dev, workers=workers)
+                )
+            )
+        ]
         return np.where(rng.random((views, len(images))) < .5, *both).astype(np.float32)
     with torch.random.fork_rng([dev] if dev.type == 'cuda' else []):
         torch.manual_seed(seed)
-        return np.stack([np.concatenate([losses(x, y) for x, y in images.batches(batch_size, False, crop, dev, workers)]) for _ in range(views)]).astype(np.float32)
+        return np.stack(
+            [
+                np.concatenate([losses(x, y) for x, y in images.batches(batch_size, False, crop, dev, workers)])
+                for _ in range(views)
+            ]
+        ).astype(np.float32)
 
 # %% ../nbs/api/attacks.ipynb #241e7455
 def confidence(loss: np.ndarray) -> np.ndarray:
@@ -147,10 +183,17 @@ def lira(
     "Per-example likelihood ratio with pooled variances. Raises `ValueError` if the references hold no member or no non-member."
     φ, known = confidence(reference), np.isfinite(reference); φ[~known] = np.nan; sides = []
     for side in (known & member, known & ~member):
-        if not side.any(): raise ValueError('the reference models need images that they were trained on and images that they were not.')
-        n = side.sum(0); total = np.where(side, φ, 0).sum(0); μ = np.where(n > 0, total / np.maximum(n, 1), np.nan); spread = np.where(side, φ - μ, 0)
+        if not side.any():
+            raise ValueError('the reference models need images that they were trained on and images that they were not.')
+        n = side.sum(0)
+        total = np.where(side, φ, 0).sum(0)
+        μ = np.where(n > 0, total / np.maximum(n, 1), np.nan)
+        spread = np.where(side, φ - μ, 0)
         spare = (n - 1).clip(min=0).sum()   # degrees of freedom; without any repeated image: the spread over images
         sides.append((μ, np.sqrt((spread ** 2).sum() / spare) if spare else np.nanstd(φ[side])))
     (μ_in, σ_in), (μ_out, σ_out) = sides; gap = np.nanmean(μ_in) - np.nanmean(μ_out)
-    μ_in, μ_out = (np.where(np.isnan(a), np.where(np.isnan(b), np.nanmean(a), b + s * gap), a) for a, b, s in ((μ_in, μ_out, 1), (μ_out, μ_in, -1)))
+    μ_in, μ_out = (
+        np.where(np.isnan(a), np.where(np.isnan(b), np.nanmean(a), b + s * gap), a)
+        for a, b, s in ((μ_in, μ_out, 1), (μ_out, μ_in, -1))
+    )
     return norm.logpdf(confidence(target), μ_in, max(σ_in, 1e-6)) - norm.logpdf(confidence(target), μ_out, max(σ_out, 1e-6))

@@ -28,7 +28,16 @@ class Method:
     unlearn_fn: Callable
 
     @staticmethod
-    def _accepts(fn): return {k: p for k, p in inspect.signature(fn).parameters.items() if p.kind is p.KEYWORD_ONLY and k not in ('retain', 'forget')} if fn else {}
+    def _accepts(fn):
+        return (
+            {
+                k: p
+                for k, p in inspect.signature(fn).parameters.items()
+                if p.kind is p.KEYWORD_ONLY and k not in ('retain', 'forget')
+            }
+            if fn
+            else {}
+        )
 
     @property
     def prepare_hyper(self) -> dict: return self._accepts(self.prepare_fn)
@@ -38,8 +47,19 @@ class Method:
 
     def check(self, hp: dict, needed: dict | None = None):  # needed: None for both moments, else those of one
         "Raise `TypeError` naming unknown or missing hyper-parameters."
-        valid = self.hyper; unknown = set(hp) - set(valid); missing = {k for k, p in (valid if needed is None else needed).items() if p.default is p.empty} - set(hp)
-        if unknown or missing: raise TypeError(f'method {self.name}: ' + '; '.join(f'{w} hyper-parameter {", ".join(sorted(s))}' for w, s in (('unknown', unknown), ('missing', missing)) if s) + f'. Valid: {", ".join(valid) or "none"}.')
+        valid = self.hyper
+        unknown = set(hp) - set(valid)
+        missing = {k for k, p in (valid if needed is None else needed).items() if p.default is p.empty} - set(hp)
+        if unknown or missing:
+            raise TypeError(
+                f'method {self.name}: '
+                + '; '.join(
+                    f'{w} hyper-parameter {", ".join(sorted(s))}'
+                    for w, s in (('unknown', unknown), ('missing', missing))
+                    if s
+                )
+                + f'. Valid: {", ".join(valid) or "none"}.'
+            )
 
     def prepare(self,
         model: nn.Module,
@@ -49,7 +69,9 @@ class Method:
         "What is computed while the data is there."
         self.check(hp, self.prepare_hyper)
         if not self.prepare_fn: return {}
-        return self.prepare_fn(copy.deepcopy(model).eval(), train, val, **{k: v for k, v in hp.items() if k in self.prepare_hyper})
+        return self.prepare_fn(
+            copy.deepcopy(model).eval(), train, val, **{k: v for k, v in hp.items() if k in self.prepare_hyper}
+        )
 
     def unlearn(self,
         model: nn.Module,
@@ -60,9 +82,19 @@ class Method:
     ) -> nn.Module:                # θ_u, a new model in eval mode
         "What is computed when the request comes. Raises `ValueError` if the data that is handed over does not suit the method's access."
         self.check(hp, self._accepts(self.unlearn_fn))
-        if (self.access == 'full') != (retain is not None and forget is not None): raise ValueError(f'{self.name} has {self.access} access: ' + ('hand it retain and forget.' if self.access == 'full' else 'it must not see retain or forget.'))
+        if (self.access == 'full') != (retain is not None and forget is not None):
+            raise ValueError(
+                f'{self.name} has {self.access} access: '
+                + ('hand it retain and forget.' if self.access == 'full' else 'it must not see retain or forget.')
+            )
         more = dict(retain=retain, forget=forget) if self.access == 'full' else {}
-        out = self.unlearn_fn(copy.deepcopy(model).eval(), support, state, **more, **{k: v for k, v in hp.items() if k in self._accepts(self.unlearn_fn)})
+        out = self.unlearn_fn(
+            copy.deepcopy(model).eval(),
+            support,
+            state,
+            **more,
+            **{k: v for k, v in hp.items() if k in self._accepts(self.unlearn_fn)}
+        )
         return out.eval()
 
 METHODS = {}
@@ -87,7 +119,8 @@ def neggrad(model, support, state, *,
     lr: float,  # η, the size of the one ascent step
 ):
     "One step of gradient ascent on L_task(S)."
-    x, y = support.tensors(device=device_of(model)); g = torch.autograd.grad(task_loss(model(x), y), list(model.parameters()))
+    x, y = support.tensors(device=device_of(model))
+    g = torch.autograd.grad(task_loss(model(x), y), list(model.parameters()))
     with torch.no_grad():
         for p, gi in zip(model.parameters(), g): p.add_(gi, alpha=lr)
     return model
@@ -101,7 +134,8 @@ def importance(
     "I(D) = ⟨(∇L(batch))²⟩ over the batches of D."
     total, n = {k: torch.zeros_like(p) for k, p in model.named_parameters()}, 0
     for x, y in images.batches(batch_size, device=device_of(model)):
-        for t, g in zip(total.values(), torch.autograd.grad(task_loss(model(x), y), list(model.parameters()))): t.add_(g ** 2)
+        for t, g in zip(total.values(), torch.autograd.grad(task_loss(model(x), y), list(model.parameters()))):
+            t.add_(g ** 2)
         n += 1
     return {k: t / n for k, t in total.items()}
 
@@ -119,7 +153,8 @@ def ssd(model, support, state, *,
     I_S = importance(model, support, batch_size)
     with torch.no_grad():
         for k, p in model.named_parameters():
-            I_tr = state[k].to(p.device); p.mul_(torch.where(I_S[k] > selection * I_tr, (dampening * I_tr / I_S[k].clamp(min=1e-38)).clamp(max=1), 1.))
+            I_tr = state[k].to(p.device)
+            p.mul_(torch.where(I_S[k] > selection * I_tr, (dampening * I_tr / I_S[k].clamp(min=1e-38)).clamp(max=1), 1.))
     return model
 
 # %% ../nbs/02_baselines.ipynb #a231ddb0
@@ -137,7 +172,8 @@ def input_covariance(
     def hook(name):
         def add(m, args, out):
             a = args[0]
-            if isinstance(m, nn.Conv2d): a = F.unfold(a, m.kernel_size, m.dilation, m.padding, m.stride).transpose(1, 2)
+            if isinstance(m, nn.Conv2d):
+                a = F.unfold(a, m.kernel_size, m.dilation, m.padding, m.stride).transpose(1, 2)
             a = a.reshape(-1, a.shape[-1]).float(); C[name] = C[name] + a.T @ a if name in C else a.T @ a
         return add
     handles = [m.register_forward_hook(hook(k)) for k, m in _projected(model).items()]
@@ -168,9 +204,11 @@ def pgu_loss(
     "−log(1 − p_target + 0.05) plus 0.2 × negative entropy."
     if not y.is_floating_point() or multilabel == 'released':
         p = logits.softmax(1); entropy = -(p * (p + 1e-15).log()).sum(1).mean()
-        target = (p if not y.is_floating_point() else logits.sigmoid()).gather(1, y.long().view(len(y), -1))   # 0/1 targets used as indices: the released behaviour
+        # 0/1 targets used as indices: the released behaviour
+        target = (p if not y.is_floating_point() else logits.sigmoid()).gather(1, y.long().view(len(y), -1))
         return -(1 - target + .05).log().mean() - .2 * entropy
-    if multilabel != 'positive': raise ValueError(f'multilabel="{multilabel}" is unknown. Valid: positive, released.')
+    if multilabel != 'positive':
+        raise ValueError(f'multilabel="{multilabel}" is unknown. Valid: positive, released.')
     p = logits.sigmoid(); binary = -(p * (p + 1e-15).log() + (1 - p) * (1 - p + 1e-15).log()).mean(1)
     wrong = (-(1 - p + .05).log() * y).sum(1) / y.sum(1).clamp(min=1)
     return wrong.mean() - .2 * binary.mean()
@@ -188,13 +226,16 @@ def pgu(model, support, state, *,
 ):
     "Gradient steps on S, projected away from the retained inputs. Biases and norms stay."
     C_S = input_covariance(model, support, batch_size); layers = _projected(model)
-    P = {k: projection(state[k].to(C_S[k].device) - C_S[k], gamma) for k in layers}; weights = [m.weight for m in layers.values()]
+    P = {k: projection(state[k].to(C_S[k].device) - C_S[k], gamma) for k in layers}
+    weights = [m.weight for m in layers.values()]
     for e in range(epochs):
         step = lr * .5 * (1 + math.cos(math.pi * e / epochs))
         for x, y in support.batches(batch_size, True, device=device_of(model)):
             g = torch.autograd.grad(pgu_loss(model(x), y, multilabel), weights)
             with torch.no_grad():
-                for w, gi, Pk in zip(weights, g, P.values()): gi = gi.flatten(1); w.sub_((gi - gi @ Pk).view_as(w), alpha=step)
+                for w, gi, Pk in zip(weights, g, P.values()):
+                    gi = gi.flatten(1)
+                    w.sub_((gi - gi @ Pk).view_as(w), alpha=step)
     return model
 
 # %% ../nbs/02_baselines.ipynb #014b6c2b
@@ -212,7 +253,10 @@ def jit(model, support, state, *,
         for _ in range(samples):
             noisy = (x + sigma * torch.randn(x.shape).to(dev)).clamp(x.min(), x.max())
             with torch.no_grad(): out_n = model(noisy)
-            quotient = quotient + ((out - out_n).norm(dim=1) / (x - noisy).flatten(1).norm(dim=1).clamp(min=1e-12)).sum() / samples
+            quotient = (
+                quotient
+                + ((out - out_n).norm(dim=1) / (x - noisy).flatten(1).norm(dim=1).clamp(min=1e-12)).sum() / samples
+            )
         opt.zero_grad(); quotient.backward(); opt.step()
     return model
 
@@ -223,7 +267,11 @@ def divergence(
     task: str,                    # 'softmax': one distribution over the outputs; 'sigmoid': c independent ones
 ) -> torch.Tensor:
     "Mean over samples of T² KL(teacher ‖ student) at temperature T."
-    if task == 'softmax': return F.kl_div((student / T).log_softmax(1), (teacher / T).log_softmax(1), reduction='batchmean', log_target=True) * T ** 2
+    if task == 'softmax':
+        return (
+            F.kl_div((student / T).log_softmax(1), (teacher / T).log_softmax(1), reduction='batchmean', log_target=True)
+            * T**2
+        )
     t, s = teacher / T, student / T; p = t.sigmoid()
     return (p * (F.logsigmoid(t) - F.logsigmoid(s)) + (1 - p) * (F.logsigmoid(-t) - F.logsigmoid(-s))).sum(1).mean() * T ** 2
 
@@ -244,16 +292,27 @@ def scrub(model, support, state, *, retain, forget,
     multilabel: str = 'sigmoid',       # or 'softmax', as released
 ):
     "Move away from the teacher on D_f, stay with it and with the labels on D_r."
-    teacher = copy.deepcopy(model).eval(); opt, schedule = _sgd(model, lr, epochs); task, dev = _task_of(retain, multilabel), device_of(model); crop = .08 if augment else None
+    teacher = copy.deepcopy(model).eval()
+    opt, schedule = _sgd(model, lr, epochs)
+    task, dev = _task_of(retain, multilabel), device_of(model)
+    crop = .08 if augment else None
     model.train()
     for e in progress(range(epochs), 'SCRUB'):
         if e < forget_epochs:
             for x, y in forget.batches(forget_batch_size, True, crop, dev):
                 with torch.no_grad(): t = teacher(x)
-                loss = -divergence(t, model(x), T, task); opt.zero_grad(); loss.backward(); nn.utils.clip_grad_norm_(model.parameters(), 1.); opt.step()
+                loss = -divergence(t, model(x), T, task)
+                opt.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.)
+                opt.step()
         for x, y in retain.batches(batch_size, True, crop, dev):
             with torch.no_grad(): t = teacher(x)
-            s = model(x); loss = kl_weight * divergence(t, s, T, task) + task_weight * task_loss(s, y); opt.zero_grad(); loss.backward(); opt.step()
+            s = model(x)
+            loss = kl_weight * divergence(t, s, T, task) + task_weight * task_loss(s, y)
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
         schedule.step()
     return model
 
@@ -276,7 +335,9 @@ def bad_teacher(model, support, state, *, retain, forget,
     multilabel: str = 'sigmoid',       # or 'softmax', as released
 ):
     "Imitate a random net on D_f and the original on D_r."
-    good, bad = copy.deepcopy(model).eval(), randomise(model); opt, schedule = _sgd(model, lr, epochs); task, dev = _task_of(retain, multilabel), device_of(model)
+    good, bad = copy.deepcopy(model).eval(), randomise(model)
+    opt, schedule = _sgd(model, lr, epochs)
+    task, dev = _task_of(retain, multilabel), device_of(model)
     model.train(); n_r, n_f = math.ceil(len(retain) / batch_size), len(forget) / len(retain)
     for _ in progress(range(epochs), 'Bad Teacher'):
         # one batch mixes both sets in their proportion, as shuffling their union would on average
@@ -284,6 +345,10 @@ def bad_teacher(model, support, state, *, retain, forget,
         for i, (x, y) in enumerate(retain.batches(batch_size, True, .08 if augment else None, dev)):
             xf = forgotten[i % len(forgotten)][0]
             with torch.no_grad(): t = torch.cat([good(x), bad(xf)])
-            s = model(torch.cat([x, xf])); loss = divergence(t, s, 1., task); opt.zero_grad(); loss.backward(); opt.step()
+            s = model(torch.cat([x, xf]))
+            loss = divergence(t, s, 1., task)
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
         schedule.step()
     return model

@@ -41,8 +41,10 @@ class Faces:
     @cached_property
     def fingerprint(self) -> str:
         "12 hex digits that change when any path, identity or target changes."
-        h = hashlib.sha256('\n'.join(self.paths).encode()); h.update('\n'.join(self.identities[self.identity]).encode())
-        h.update(np.ascontiguousarray(self.targets).tobytes()); h.update(f'{self.task}{self.classes}'.encode())
+        h = hashlib.sha256('\n'.join(self.paths).encode())
+        h.update('\n'.join(self.identities[self.identity]).encode())
+        h.update(np.ascontiguousarray(self.targets).tobytes())
+        h.update(f'{self.task}{self.classes}'.encode())
         return h.hexdigest()[:12]
 
     def __repr__(self):
@@ -58,9 +60,22 @@ def make_faces(
 ) -> Faces:
     "Assemble a `Faces` table; identity names become codes."
     codes, names = pd.factorize(pd.Series(np.asarray(who), dtype='string'), sort=True)
-    if not len(codes): raise FacesError(f'{root}: no usable row is left for {name}. Skipped: {skipped}. Are the image files in the official folders?')
+    if not len(codes):
+        raise FacesError(
+            f'{root}: no usable row is left for {name}. Skipped: {skipped}. Are the image files in the official folders?'
+        )
     dtype = np.float32 if task == 'multilabel' else np.int64
-    return Faces(name, Path(root), np.asarray(paths, dtype=str), codes.astype(np.int64), np.asarray(names, dtype=str), np.asarray(targets, dtype), task, list(classes), dict(skipped or {}))
+    return Faces(
+        name,
+        Path(root),
+        np.asarray(paths, dtype=str),
+        codes.astype(np.int64),
+        np.asarray(names, dtype=str),
+        np.asarray(targets, dtype),
+        task,
+        list(classes),
+        dict(skipped or {}),
+    )
 
 # %% ../nbs/00_data_splits.ipynb #af3f18b0
 def _find(root: Path, *names) -> Path:
@@ -68,22 +83,52 @@ def _find(root: Path, *names) -> Path:
     for n in names:
         for p in (root / n, (root / n).with_suffix('.csv')):
             if p.is_file(): return p
-    raise FacesError(f'{root}: none of {", ".join(names)} (or a .csv twin) is here. Put the official annotation file into this folder.')
+    raise FacesError(
+        f'{root}: none of {", ".join(names)} (or a .csv twin) is here. Put the official annotation file into this folder.'
+    )
 
 def _table(path: Path, header: list | None = None) -> pd.DataFrame:
     # rows of a celeba-style annotation file as strings, first column 'file'; a count line and a header line may be there or not
-    with open(path, encoding='utf-8-sig') as f: head = [f.readline().replace(',', ' ').split() for _ in range(2)]
-    is_row = lambda cells: len(cells) > 1 and Path(cells[0]).suffix.lower() in ('.jpg', '.jpeg', '.png') or len(cells) > 1 and cells[0].isdigit()
+    with open(path, encoding='utf-8-sig') as f:
+        head = [f.readline().replace(',', ' ').split() for _ in range(2)]
+    is_row = (
+        lambda cells: len(cells) > 1
+        and Path(cells[0]).suffix.lower() in ('.jpg', '.jpeg', '.png')
+        or len(cells) > 1
+        and cells[0].isdigit()
+    )
     skip = 0
     if len(head[0]) == 1 and head[0][0].isdigit(): skip = 1      # the count
-    if not is_row(head[skip]): header = [c for c in head[skip] if c not in ('image_id', 'file')] if header is None else header; skip += 1
-    if header is None: raise FacesError(f'{path}: row 1 holds no attribute names. Restore the line with the {len(ATTRIBUTES)} names.')
+    if not is_row(head[skip]):
+        header = [c for c in head[skip] if c not in ('image_id', 'file')] if header is None else header
+        skip += 1
+    if header is None:
+        raise FacesError(f'{path}: row 1 holds no attribute names. Restore the line with the {len(ATTRIBUTES)} names.')
     csv = ',' in open(path, encoding='utf-8-sig').readline() or path.suffix == '.csv'
-    try: t = pd.read_csv(path, sep=',' if csv else r'\s+', skiprows=skip, header=None, dtype=str, names=['file', *header], index_col=False, encoding='utf-8-sig', na_filter=False, skip_blank_lines=True, on_bad_lines='error')
-    except pd.errors.ParserError as e: raise FacesError(f'{path}: {str(e).strip()}. A row has more columns than the {len(header) + 1} expected; repair it.') from e
+    try:
+        t = pd.read_csv(
+            path,
+            sep=',' if csv else r'\s+',
+            skiprows=skip,
+            header=None,
+            dtype=str,
+            names=['file', *header],
+            index_col=False,
+            encoding='utf-8-sig',
+            na_filter=False,
+            skip_blank_lines=True,
+            on_bad_lines='error',
+        )
+    except pd.errors.ParserError as e:
+        raise FacesError(
+            f'{path}: {str(e).strip()}. A row has more columns than the {len(header) + 1} expected; repair it.'
+        ) from e
     t.attrs['skip'] = skip
     bad = np.flatnonzero((t.iloc[:, -1] == '').to_numpy())
-    if len(bad): raise FacesError(f'{path}: row {bad[0] + skip + 1} ("{t.iloc[bad[0], 0]}") has fewer than {len(header) + 1} columns. Is the file cut off? Download it again.')
+    if len(bad):
+        raise FacesError(
+            f'{path}: row {bad[0] + skip + 1} ("{t.iloc[bad[0], 0]}") has fewer than {len(header) + 1} columns. Is the file cut off? Download it again.'
+        )
     return t
 
 def _locate(root: Path, folders: list, names) -> np.ndarray:
@@ -91,30 +136,49 @@ def _locate(root: Path, folders: list, names) -> np.ndarray:
     key = lambda n: os.path.splitext(os.path.basename(n))[0].lower()
     for f in folders:
         if (root / f).is_dir():
-            have = {key(e.name): f'{f}/{e.name}' for e in os.scandir(root / f) if e.name.lower().endswith(('.jpg', '.jpeg', '.png'))}
+            have = {
+                key(e.name): f'{f}/{e.name}'
+                for e in os.scandir(root / f)
+                if e.name.lower().endswith(('.jpg', '.jpeg', '.png'))
+            }
             if have: return np.array([have.get(key(n), '') for n in names], dtype=str)
     raise FacesError(f'{root}: no image folder. Expected one of {", ".join(folders)} with .jpg files in it.')
 
 def _read_celeba_like(name, root, identity_file, attribute_file, folders, check_images) -> Faces:
     root = Path(root)
-    if not root.is_dir(): raise FacesError(f'{root}: no such folder. {name} is read from there; pass the folder that contains {root.name}/ as data_dir.')
-    where = _find(root, *attribute_file); attr = _table(where); ids_path = _find(root, *identity_file); ids = _table(ids_path, ['who'])
+    if not root.is_dir():
+        raise FacesError(
+            f'{root}: no such folder. {name} is read from there; pass the folder that contains {root.name}/ as data_dir.'
+        )
+    where = _find(root, *attribute_file)
+    attr = _table(where)
+    ids_path = _find(root, *identity_file)
+    ids = _table(ids_path, ['who'])
     columns = list(attr.columns[1:])
     if set(columns) != set(ATTRIBUTES):
-        raise FacesError(f'{where}: attribute names differ from CelebA\'s forty: missing {sorted(set(ATTRIBUTES) - set(columns))[:5]}, unknown {sorted(set(columns) - set(ATTRIBUTES))[:5]}. Restore the line of names.')
+        raise FacesError(
+            f'{where}: attribute names differ from CelebA\'s forty: missing {sorted(set(ATTRIBUTES) - set(columns))[:5]}, unknown {sorted(set(columns) - set(ATTRIBUTES))[:5]}. Restore the line of names.'
+        )
     values = attr[ATTRIBUTES].to_numpy(); ok = np.isin(values, ['-1', '0', '1'])
     if not ok.all():
         r, c = np.argwhere(~ok)[0]
-        raise FacesError(f'{where}: row {r + attr.attrs["skip"] + 1} ("{attr.file[r]}"), {ATTRIBUTES[c]} is "{values[r, c]}"; expected -1 or 1.')
+        raise FacesError(
+            f'{where}: row {r + attr.attrs["skip"] + 1} ("{attr.file[r]}"), {ATTRIBUTES[c]} is "{values[r, c]}"; expected -1 or 1.'
+        )
     for t, p in ((attr, where), (ids, ids_path)):
         t['file'] = t.file.map(lambda f: f if '.' in f else f + '.jpg')
         d = t.file.duplicated()
-        if d.any(): raise FacesError(f'{p}: "{t.file[d].iloc[0]}" is listed twice (second time in row {int(np.flatnonzero(d)[0]) + t.attrs["skip"] + 1}). Delete one of the rows.')
+        if d.any():
+            raise FacesError(
+                f'{p}: "{t.file[d].iloc[0]}" is listed twice (second time in row {int(np.flatnonzero(d)[0]) + t.attrs["skip"] + 1}). Delete one of the rows.'
+            )
     who = ids.set_index('file').who.reindex(attr.file).to_numpy(); skipped = Counter()
     skipped['no identity'] += int(pd.isna(who).sum()); keep = ~pd.isna(who)
     paths = np.array([f'{folders[0]}/{f}' for f in attr.file])
     if check_images:
-        paths = _locate(root, folders, attr.file); skipped['image file missing'] += int(((paths == '') & keep).sum()); keep &= paths != ''
+        paths = _locate(root, folders, attr.file)
+        skipped['image file missing'] += int(((paths == '') & keep).sum())
+        keep &= paths != ''
     return make_faces(name, root, paths[keep], who[keep], values[keep] == '1', 'multilabel', ATTRIBUTES, +skipped)
 
 def read_celeba(
@@ -122,14 +186,28 @@ def read_celeba(
     check_images: bool = True, # False: annotations only (every listed image is taken to exist)
 ) -> Faces:
     "CelebA (Liu et al. 2015): 202,599 images of 10,177 identities, 40 attributes. Raises `FacesError`."
-    return _read_celeba_like('celeba', root, ['identity_CelebA.txt'], ['list_attr_celeba.txt'], ['img_align_celeba', 'img_align_celeba/img_align_celeba', 'Img/img_align_celeba'], check_images)
+    return _read_celeba_like(
+        'celeba',
+        root,
+        ['identity_CelebA.txt'],
+        ['list_attr_celeba.txt'],
+        ['img_align_celeba', 'img_align_celeba/img_align_celeba', 'Img/img_align_celeba'],
+        check_images,
+    )
 
 def read_celebahq(
     root: str | Path,          # the folder CelebAMask-HQ/
     check_images: bool = True, # False: annotations only
 ) -> Faces:
     "CelebA-HQ with identities (Lee et al. 2020): 30,000 images of 6,217 identities, 40 attributes. Raises `FacesError`."
-    return _read_celeba_like('celebahq', root, ['CelebA-HQ-identity.txt'], ['CelebAMask-HQ-attribute-anno.txt'], ['CelebA-HQ-img'], check_images)
+    return _read_celeba_like(
+        'celebahq',
+        root,
+        ['CelebA-HQ-identity.txt'],
+        ['CelebAMask-HQ-attribute-anno.txt'],
+        ['CelebA-HQ-img'],
+        check_images,
+    )
 
 # %% ../nbs/00_data_splits.ipynb #90463491
 def read_mufac(
@@ -139,20 +217,40 @@ def read_mufac(
 ) -> Faces:
     "MUFAC (Choi and Na 2023): 13,068 images, 8 age groups. Raises `FacesError`."
     root = Path(root)
-    if not root.is_dir(): raise FacesError(f'{root}: no such folder. mufac is read from there; pass the folder that contains {root.name}/ as data_dir.')
-    if identities not in ('layout', 'merged'): raise FacesError(f'identities="{identities}" is unknown. Valid: layout, merged.')
+    if not root.is_dir():
+        raise FacesError(
+            f'{root}: no such folder. mufac is read from there; pass the folder that contains {root.name}/ as data_dir.'
+        )
+    if identities not in ('layout', 'merged'):
+        raise FacesError(f'identities="{identities}" is unknown. Valid: layout, merged.')
     paths, who, ages, skipped = [], [], [], Counter()
     for part in ('train', 'val', 'test'):
-        f = _find(root, f'custom_{part}_dataset.csv'); t = pd.read_csv(f, dtype=str, na_filter=False, encoding='utf-8-sig'); t.columns = t.columns.str.strip()
+        f = _find(root, f'custom_{part}_dataset.csv')
+        t = pd.read_csv(f, dtype=str, na_filter=False, encoding='utf-8-sig')
+        t.columns = t.columns.str.strip()
         missing = {'family_id', 'person_id', 'age_class', 'image_path'} - set(t.columns)
-        if missing: raise FacesError(f'{f}: column {", ".join(sorted(missing))} is missing; the header is {list(t.columns)}.')
+        if missing:
+            raise FacesError(f'{f}: column {", ".join(sorted(missing))} is missing; the header is {list(t.columns)}.')
         age = t.age_class.str.strip().str.lower().map({c: i for i, c in enumerate('abcdefgh')})
         for bad, col in ((age.isna(), 'age_class'), (t.family_id.str.strip() == '', 'family_id'), (t.person_id.str.strip() == '', 'person_id'), (t.image_path.str.strip() == '', 'image_path')):
-            if bad.any(): i = int(np.flatnonzero(bad)[0]); raise FacesError(f'{f}: row {i + 2}, {col} is "{t[col][i]}"' + ('; expected one of a, b, c, d, e, f, g, h.' if col == 'age_class' else '; it must not be empty.'))
-        p = _locate(root, [f'{part}_images'], t.image_path) if check_images else np.array([f'{part}_images/{os.path.basename(x)}' for x in t.image_path])
+            if bad.any():
+                i = int(np.flatnonzero(bad)[0])
+                raise FacesError(
+                    f'{f}: row {i + 2}, {col} is "{t[col][i]}"'
+                    + ('; expected one of a, b, c, d, e, f, g, h.' if col == 'age_class' else '; it must not be empty.')
+                )
+        p = (
+            _locate(root, [f'{part}_images'], t.image_path)
+            if check_images
+            else np.array([f'{part}_images/{os.path.basename(x)}' for x in t.image_path])
+        )
         keep = p != ''; skipped['image file missing'] += int((~keep).sum())
-        again = pd.Series(p).duplicated().to_numpy() & keep; skipped['row listed twice'] += int(again.sum()); keep &= ~again
-        paths += p[keep].tolist(); who += (t.family_id.str.strip() + '_' + t.person_id.str.strip())[keep].tolist(); ages += age[keep].astype(int).tolist()
+        again = pd.Series(p).duplicated().to_numpy() & keep
+        skipped['row listed twice'] += int(again.sum())
+        keep &= ~again
+        paths += p[keep].tolist()
+        who += (t.family_id.str.strip() + '_' + t.person_id.str.strip())[keep].tolist()
+        ages += age[keep].astype(int).tolist()
     faces = make_faces('mufac', root, paths, who, ages, 'multiclass', AGE_GROUPS, +skipped)
     return merge_identities(faces) if identities == 'merged' else faces
 
@@ -164,17 +262,23 @@ def read_csv(
     "Faces of your own. Raises `FacesError`."
     file = Path(file)
     if not file.is_file(): raise FacesError(f'{file}: no such file.')
-    t = pd.read_csv(file, dtype=str, na_filter=False, encoding='utf-8-sig'); cols = [c for c in t.columns if c not in ('path', 'identity')]
-    if not {'path', 'identity'} <= set(t.columns) or not cols: raise FacesError(f'{file}: the header is {list(t.columns)}; expected path, identity and at least one target column.')
+    t = pd.read_csv(file, dtype=str, na_filter=False, encoding='utf-8-sig')
+    cols = [c for c in t.columns if c not in ('path', 'identity')]
+    if not {'path', 'identity'} <= set(t.columns) or not cols:
+        raise FacesError(f'{file}: the header is {list(t.columns)}; expected path, identity and at least one target column.')
     for c in t.columns:
         empty = np.flatnonzero(t[c].str.strip() == '')
-        if len(empty): raise FacesError(f'{file}: row {empty[0] + 2}, {c} is empty. Fill it in or delete the row.')
+        if len(empty):
+            raise FacesError(f'{file}: row {empty[0] + 2}, {c} is empty. Fill it in or delete the row.')
     skipped = Counter(); keep = np.ones(len(t), bool)
     if check_images:
-        keep = np.array([(file.parent / p).is_file() for p in t.path], bool); skipped['image file missing'] = int((~keep).sum())
+        keep = np.array([(file.parent / p).is_file() for p in t.path], bool)
+        skipped['image file missing'] = int((~keep).sum())
     if len(cols) > 1:
         v = t[cols].to_numpy(); ok = np.isin(v, ['0', '1', '-1'])
-        if not ok.all(): r, c = np.argwhere(~ok)[0]; raise FacesError(f'{file}: row {r + 2}, {cols[c]} is "{v[r, c]}"; a multi-label target is 0 or 1.')
+        if not ok.all():
+            r, c = np.argwhere(~ok)[0]
+            raise FacesError(f'{file}: row {r + 2}, {cols[c]} is "{v[r, c]}"; a multi-label target is 0 or 1.')
         return make_faces(file.stem, file.parent, t.path[keep], t.identity[keep], (v == '1')[keep], 'multilabel', cols, +skipped)
     codes, classes = pd.factorize(t[cols[0]], sort=True)
     return make_faces(file.stem, file.parent, t.path[keep], t.identity[keep], codes[keep], 'multiclass', list(classes), +skipped)
@@ -200,7 +304,8 @@ def audit_identities(
     faces: Faces,
 ) -> dict:  # counts: images, distinct images, groups of equal images across identities, identities involved, people after joining
     "Do any images recur under several identities? (spec §7.12)"
-    group = _content_groups(faces); pairs = pd.DataFrame(dict(group=group, who=faces.identity)).drop_duplicates()
+    group = _content_groups(faces)
+    pairs = pd.DataFrame(dict(group=group, who=faces.identity)).drop_duplicates()
     across = pairs.groupby('group').who.nunique(); shared = across.index[across > 1]
     return dict(images=len(faces), distinct_images=int(group.max() + 1), groups_across_identities=len(shared), identities=len(faces.identities),
                 identities_involved=int(pairs[pairs.group.isin(shared)].who.nunique()), people=int(_people(faces, group).max() + 1))
@@ -213,7 +318,16 @@ def merge_identities(
     first = np.unique(group, return_index=True)[1]; first.sort()
     names = pd.Series(faces.identities).groupby(people).agg('+'.join).to_numpy()
     skipped = faces.skipped | {'copy of another image': len(faces) - len(first)}
-    return make_faces(faces.name + '_merged', faces.root, faces.paths[first], names[people[faces.identity[first]]], faces.targets[first], faces.task, faces.classes, skipped)
+    return make_faces(
+        faces.name + '_merged',
+        faces.root,
+        faces.paths[first],
+        names[people[faces.identity[first]]],
+        faces.targets[first],
+        faces.task,
+        faces.classes,
+        skipped,
+    )
 
 # %% ../nbs/00_data_splits.ipynb #cad35ed6
 READERS = {'celebahq': ('CelebAMask-HQ', read_celebahq), 'celeba': ('celeba', read_celeba), 'mufac': ('mufac', read_mufac),
@@ -226,7 +340,8 @@ def read_faces(
 ) -> Faces:
     "Read a data set by name. Raises `FacesError` on an unknown name or unusable files."
     if name.endswith('.csv'): return read_csv(Path(data_dir) / name, check_images)
-    if name not in READERS: raise FacesError(f'data set "{name}" is unknown. Valid: {", ".join(READERS)}, or the name of a .csv file in data_dir.')
+    if name not in READERS:
+        raise FacesError(f'data set "{name}" is unknown. Valid: {", ".join(READERS)}, or the name of a .csv file in data_dir.')
     folder, read = READERS[name]; root = Path(data_dir)
     return read(root if root.name == folder and not (root / folder).exists() else root / folder, check_images)
 
@@ -267,8 +382,13 @@ class Request:
     def load(cls, path: str | Path, faces: Faces) -> 'Request':
         "Read back and re-check against `faces`. Raises `FacesError` if the table is not the one the request was made from."
         d = json.loads(Path(path).read_text()); d['sizes'] = tuple(d['sizes'])
-        if d['fingerprint'] != faces.fingerprint: raise FacesError(f'{path}: was made from another {d["dataset"]} table ({d["fingerprint"]}, now {faces.fingerprint}). The files changed: make the request again.')
-        r = cls(**{k: np.array(v, np.int64) if k in cls.SETS else v for k, v in d.items()}); check_request(r, faces); return r
+        if d['fingerprint'] != faces.fingerprint:
+            raise FacesError(
+                f'{path}: was made from another {d["dataset"]} table ({d["fingerprint"]}, now {faces.fingerprint}). The files changed: make the request again.'
+            )
+        r = cls(**{k: np.array(v, np.int64) if k in cls.SETS else v for k, v in d.items()})
+        check_request(r, faces)
+        return r
 
 def check_request(
     r: Request, faces: Faces,
@@ -276,9 +396,14 @@ def check_request(
     "Raise `FacesError` unless the partition is what the task demands."
     who = {k: set(faces.identity[getattr(r, k)].tolist()) for k in ('support', 'forget', 'retain', 'val', 'test')}
     for a, b in (('retain', 'forget'), ('retain', 'val'), ('retain', 'test'), ('forget', 'val'), ('forget', 'test'), ('val', 'test'), ('support', 'retain')):
-        if who[a] & who[b]: raise FacesError(f'request {r.dataset} N_S={r.n_forget} seed={r.seed}: identity {min(who[a] & who[b])} is in {a} and in {b}.')
-    if set(r.support) & set(r.forget): raise FacesError(f'request {r.dataset}: a support image is in the forget set.')
-    if faces.identity[r.support].tolist() != r.forget_identities.tolist(): raise FacesError(f'request {r.dataset}: support images and identities do not match.')
+        if who[a] & who[b]:
+            raise FacesError(
+                f'request {r.dataset} N_S={r.n_forget} seed={r.seed}: identity {min(who[a] & who[b])} is in {a} and in {b}.'
+            )
+    if set(r.support) & set(r.forget):
+        raise FacesError(f'request {r.dataset}: a support image is in the forget set.')
+    if faces.identity[r.support].tolist() != r.forget_identities.tolist():
+        raise FacesError(f'request {r.dataset}: support images and identities do not match.')
 
 def make_request(
     faces: Faces,
@@ -288,24 +413,42 @@ def make_request(
     held_out: float = .4,       # share of the images in val + test together (paper: 40 %)
 ) -> Request:
     "Partition `faces` for one request (paper §3). Raises `FacesError` if there are not enough people."
-    sizes = tuple(sorted(set(sizes or ()) | {n_forget})); k = len(faces.identities); count = np.bincount(faces.identity, minlength=k)
+    sizes = tuple(sorted(set(sizes or ()) | {n_forget}))
+    k = len(faces.identities)
+    count = np.bincount(faces.identity, minlength=k)
     if n_forget < 1: raise FacesError(f'N_S = {n_forget}: at least one person has to ask.')
     shuffled = np.random.default_rng([seed, 0]).permutation(k); running = np.cumsum(count[shuffled])
-    cut = int(np.searchsorted(running, held_out * len(faces))) + 1; half = int(np.searchsorted(running, held_out / 2 * len(faces))) + 1
-    part = np.zeros(k, np.int8); part[shuffled[:half]] = 2; part[shuffled[half:cut]] = 1   # 0 train, 1 val, 2 test
-    order = np.random.default_rng([seed, 1]).permutation(k); order = order[(part[order] == 0) & (count[order] > 1)]
-    if 1 in sizes: rich = np.flatnonzero(count[order] > 5)[:1]; order = np.concatenate([order[rich], np.delete(order, rich)])
+    cut = int(np.searchsorted(running, held_out * len(faces))) + 1
+    half = int(np.searchsorted(running, held_out / 2 * len(faces))) + 1
+    part = np.zeros(k, np.int8)
+    part[shuffled[:half]] = 2
+    part[shuffled[half:cut]] = 1   # 0 train, 1 val, 2 test
+    order = np.random.default_rng([seed, 1]).permutation(k)
+    order = order[(part[order] == 0) & (count[order] > 1)]
+    if 1 in sizes:
+        rich = np.flatnonzero(count[order] > 5)[:1]
+        order = np.concatenate([order[rich], np.delete(order, rich)])
     if len(order) < max(sizes) or (1 in sizes and (not len(order) or count[order[0]] <= 5)):
-        raise FacesError(f'{faces.name}: N_S = {max(sizes)} people cannot be drawn: {len(order)} of the {int((part == 0).sum())} train identities have more than one image' + (' and none has more than five, as N_S = 1 asks' if 1 in sizes else '') + '. Ask for fewer.')
+        raise FacesError(
+            f'{faces.name}: N_S = {max(sizes)} people cannot be drawn: {len(order)} of the {int((part == 0).sum())} train identities have more than one image'
+            + (' and none has more than five, as N_S = 1 asks' if 1 in sizes else '')
+            + '. Ask for fewer.'
+        )
     drawn = order[:max(sizes)]; pick = np.random.default_rng([seed, 2]).random(len(drawn))
     by_id = np.argsort(faces.identity, kind='stable'); start = np.cumsum(count) - count
     support = by_id[start[drawn] + (pick * count[drawn]).astype(int)]
-    unused = np.zeros(len(faces), bool); unused[support] = True; mine = np.zeros(k, bool); mine[drawn[:n_forget]] = True
+    unused = np.zeros(len(faces), bool)
+    unused[support] = True
+    mine = np.zeros(k, bool)
+    mine[drawn[:n_forget]] = True
     part_of, is_mine = part[faces.identity], mine[faces.identity]; where = lambda m: np.flatnonzero(m)
     r = Request(faces.name, n_forget, seed, sizes, faces.fingerprint, drawn[:n_forget], support[:n_forget], where((part_of == 0) & is_mine & ~unused),
                 where((part_of == 0) & ~is_mine & ~unused), where(part_of == 1), where(part_of == 2))
     empty = [s for s in ('retain', 'val', 'test') if not len(getattr(r, s))]
-    if empty: raise FacesError(f'{faces.name}: {", ".join(empty)} would be empty with {k} identities and N_S = {n_forget}. Ask for fewer, or bring more people.')
+    if empty:
+        raise FacesError(
+            f'{faces.name}: {", ".join(empty)} would be empty with {k} identities and N_S = {n_forget}. Ask for fewer, or bring more people.'
+        )
     check_request(r, faces); return r
 
 # %% ../nbs/00_data_splits.ipynb #cee93ffc
@@ -314,7 +457,10 @@ def portrait(faces: Faces, i: int, size: int | None = None) -> np.ndarray:
     path = faces.root / faces.paths[i]
     try:
         with Image.open(path) as im: im = im.convert('RGB')
-    except (OSError, SyntaxError, ValueError) as e: raise FacesError(f'{path}: cannot be decoded ({e}). Restore the file, or delete it: missing images are skipped and counted.') from e
+    except (OSError, SyntaxError, ValueError) as e:
+        raise FacesError(
+            f'{path}: cannot be decoded ({e}). Restore the file, or delete it: missing images are skipped and counted.'
+        ) from e
     if size and im.size != (size, size): im = im.resize((size, size), Image.BILINEAR)
     return np.asarray(im)
 
@@ -325,12 +471,24 @@ def plot_request(
 ):
     "Figure 2: for some people of each part, which images the training, the request and the evaluation see."
     import matplotlib.pyplot as plt
-    kinds = [('forget', '#D55E00', 'asked to be forgotten'), ('retain', '#0072B2', 'retain $D_r$'), ('val', '#999999', 'validation $D_v$'), ('test', '#009E73', 'test $D_{te}$')]
+    kinds = [
+        ('forget', '#D55E00', 'asked to be forgotten'),
+        ('retain', '#0072B2', 'retain $D_r$'),
+        ('val', '#999999', 'validation $D_v$'),
+        ('test', '#009E73', 'test $D_{te}$'),
+    ]
     fig, axes = plt.subplots(1, 4, figsize=(12, 2.9), layout='constrained')
     for ax, (kind, colour, title) in zip(axes, kinds):
         idx = getattr(r, kind); ids = pd.unique(faces.identity[idx])[:people]
         if kind == 'forget': ids = r.forget_identities[:people]
-        ax.set(title=f'{title}: {len(idx):,} images', xticks=[], yticks=[], xlim=(-.6, photos + .1), ylim=(people + .05, -.05), aspect='equal')
+        ax.set(
+            title=f'{title}: {len(idx):,} images',
+            xticks=[],
+            yticks=[],
+            xlim=(-0.6, photos + 0.1),
+            ylim=(people + 0.05, -0.05),
+            aspect='equal',
+        )
         ax.title.set_fontsize(10); [s.set_visible(False) for s in ax.spines.values()]
         for row, i in enumerate(ids):
             mine = idx[faces.identity[idx] == i][:photos - (kind == 'forget')].tolist()
@@ -338,8 +496,18 @@ def plot_request(
             for col, j in enumerate(mine):
                 x = col + (.12 if kind == 'forget' and col else -.12 if kind == 'forget' else 0)
                 ax.imshow(portrait(faces, j, 64), extent=(x, x + .94, row + .94, row))
-                ax.add_patch(plt.Rectangle((x, row), .94, .94, fill=False, lw=2.4, color='#CC79A7' if kind == 'forget' and col == 0 else colour))
-        if kind == 'forget': ax.set_xlabel('Support Sample $S$ (first column, never trained on)   |   $D_f$', fontsize=8)
+                ax.add_patch(
+                    plt.Rectangle(
+                        (x, row),
+                        0.94,
+                        0.94,
+                        fill=False,
+                        lw=2.4,
+                        color='#CC79A7' if kind == 'forget' and col == 0 else colour,
+                    )
+                )
+        if kind == 'forget':
+            ax.set_xlabel('Support Sample $S$ (first column, never trained on)   |   $D_f$', fontsize=8)
     return fig
 
 # %% ../nbs/00_data_splits.ipynb #c0ea437f
@@ -354,10 +522,14 @@ def simulate_requests(
     train = train[np.argsort(identity[train], kind='stable')]
     _, start, count = np.unique(identity[train], return_index=True, return_counts=True)
     if singles == 'skip': start, count = start[count > 1], count[count > 1]
-    if len(start) < n_forget: raise FacesError(f'{len(start)} train identities have more than one image: a request of {n_forget} people cannot be simulated. Lower N_S.')
+    if len(start) < n_forget:
+        raise FacesError(
+            f'{len(start)} train identities have more than one image: a request of {n_forget} people cannot be simulated. Lower N_S.'
+        )
     perm = rng.permutation(len(start)); perm = np.concatenate([perm, perm[:-len(perm) % n_forget]])
     s, c = start[perm], count[perm]; pick = (rng.random(len(perm)) * c).astype(np.int64)
-    end = np.cumsum(c); flat = np.arange(end[-1]) - np.repeat(end - c, c) + np.repeat(s, c)  # positions of all images, person after person
+    end = np.cumsum(c)
+    flat = np.arange(end[-1]) - np.repeat(end - c, c) + np.repeat(s, c)  # positions of all images, person after person
     keep = np.ones(len(flat), bool); keep[(end - c + pick)[(c > 1)]] = False
     groups = np.split(flat[keep], np.cumsum(np.where(c > 1, c - 1, 1))[n_forget - 1::n_forget][:-1])
     return [(train[a], train[b]) for a, b in zip((s + pick).reshape(-1, n_forget), groups)]
@@ -376,14 +548,22 @@ class Pixels(torch.utils.data.Dataset):
 
     def _open(self, cache):
         key = hashlib.sha256((self.faces.fingerprint + str(self.faces.root.resolve()) + str(self.size)).encode()).hexdigest()[:12]
-        path = cache / f'pixels-{self.faces.name}-{self.size}-{key}.npy'; cache.mkdir(parents=True, exist_ok=True)
+        path = cache / f'pixels-{self.faces.name}-{self.size}-{key}.npy'
+        cache.mkdir(parents=True, exist_ok=True)
         with FileLock(str(path) + '.lock'):
             if not path.exists():
-                tmp = path.with_suffix('.part'); out = np.lib.format.open_memmap(tmp, 'w+', np.uint8, (len(self.faces), 3, self.size, self.size)); bad = []
+                tmp = path.with_suffix('.part')
+                out = np.lib.format.open_memmap(tmp, 'w+', np.uint8, (len(self.faces), 3, self.size, self.size))
+                bad = []
                 for i in progress(range(len(self.faces)), f'decoding {self.faces.name}'):
                     try: out[i] = portrait(self.faces, i, self.size).transpose(2, 0, 1)
                     except FacesError as e: bad.append(str(e))
-                if bad: tmp.unlink(); raise FacesError(f'{len(bad)} image(s) cannot be decoded. First: {bad[0]}' + ''.join(f'\n  {b}' for b in bad[1:6]))
+                if bad:
+                    tmp.unlink()
+                    raise FacesError(
+                        f'{len(bad)} image(s) cannot be decoded. First: {bad[0]}'
+                        + ''.join(f'\n  {b}' for b in bad[1:6])
+                    )
                 out.flush(); del out; os.replace(tmp, path)
         return np.load(path, mmap_mode='r')
 

@@ -49,7 +49,9 @@ class Explorer(widgets.VBox):
         try: fig, self.sentence = self.draw(**{k: c.value for k, c in self.controls.items()})
         except FacesError as e: self.sentence = str(e)
         else:
-            out = io.BytesIO(); fig.savefig(out, format='png', dpi=90); self.png = base64.b64encode(out.getvalue()).decode()
+            out = io.BytesIO()
+            fig.savefig(out, format='png', dpi=90)
+            self.png = base64.b64encode(out.getvalue()).decode()
             self.picture.value = f'<img alt="{html.escape(self.sentence)}" style="max-width: 100%" src="data:image/png;base64,{self.png}">'
         self.said.value = html.escape(self.sentence)
 
@@ -78,8 +80,12 @@ def explore_request(
 
     def draw(dataset, n_forget, seed):
         import matplotlib.pyplot as plt
-        if n_forget not in _sizes(preset, dataset): n_forget = _sizes(preset, dataset)[0]   # another data set was chosen, its sizes come next
-        f = store.faces(dataset); r = make_request(f, n_forget, seed, tuple(_sizes(preset, dataset))); fig = plot_request(f, r); plt.close(fig)
+        if n_forget not in _sizes(preset, dataset):
+            n_forget = _sizes(preset, dataset)[0]   # another data set was chosen, its sizes come next
+        f = store.faces(dataset)
+        r = make_request(f, n_forget, seed, tuple(_sizes(preset, dataset)))
+        fig = plot_request(f, r)
+        plt.close(fig)
         return fig, (f'{n_forget} people hand in {len(r.support)} portraits, on which nobody trained. To be forgotten: their {len(r.forget):,} other images. '
                      f'Retained: {len(r.retain):,} images of {len(np.unique(f.identity[r.retain])):,} people.')
 
@@ -91,8 +97,12 @@ def explore_request(
 ONE_SHOT = [m for m in ROWS if m in METHODS and METHODS[m].access == 'one-shot']
 
 def _specs(store, preset, dataset, n_forget, seed):  # method -> specification of its run on one request, all of them made
-    d = dataset or [*preset.focus, *preset.cells][0]; n = n_forget or _sizes(preset, d)[0]; k = preset.seeds[0] if seed is None else seed
-    specs = {m: store.spec(preset, d, n, k, m) for m in ('pretrain', 'retrain', *ONE_SHOT)}; make_runs(store, list(specs.values())); return specs
+    d = dataset or [*preset.focus, *preset.cells][0]
+    n = n_forget or _sizes(preset, d)[0]
+    k = preset.seeds[0] if seed is None else seed
+    specs = {m: store.spec(preset, d, n, k, m) for m in ('pretrain', 'retrain', *ONE_SHOT)}
+    make_runs(store, list(specs.values()))
+    return specs
 
 class Walk:
     "One request, and the models on the way from Pretrain along each one-shot method's move. Makes the runs that the store does not hold."
@@ -103,11 +113,17 @@ class Walk:
         seed: int | None = None,      # None: the preset's first
         images: int = 256,            # most images of each of D_r, D_f, D_te that are scored
     ):
-        self.store, self.specs = store, _specs(store, preset, dataset, n_forget, seed); self.dataset = d = self.specs['pretrain'].dataset; self.faces = store.faces(d)
-        self.request = r = store.request(self.specs['pretrain']); self.pixels = store.pixels(d, preset.model.image_size); rng = np.random.default_rng(0)
+        self.store, self.specs = store, _specs(store, preset, dataset, n_forget, seed)
+        self.dataset = d = self.specs['pretrain'].dataset
+        self.faces = store.faces(d)
+        self.request = r = store.request(self.specs['pretrain'])
+        self.pixels = store.pixels(d, preset.model.image_size)
+        rng = np.random.default_rng(0)
         self.sets = {name: ImageSet(self.pixels, np.sort(rng.permutation(getattr(r, name))[:images])) for name in SCORES}
         self.models = {m: store.get(s).model() for m, s in self.specs.items()}
-        self.gold = self._scores(self.models['retrain']); self.at = lru_cache(self._at); self.model = lru_cache(4)(self._model)
+        self.gold = self._scores(self.models['retrain'])
+        self.at = lru_cache(self._at)
+        self.model = lru_cache(4)(self._model)
 
     def _scores(self, model): return {name: score(predict(model, D), D.y) for name, D in self.sets.items()}
 
@@ -116,8 +132,10 @@ class Walk:
         c: float,  # 0: Pretrain, 1: the method's model
     ) -> torch.nn.Module:
         "θ(c)."
-        end, start = self.models[method].state_dict(), self.models['pretrain'].state_dict(); m = self.store.get(self.specs['pretrain']).model()
-        m.load_state_dict({k: v + c * (end[k] - v) if v.is_floating_point() else v for k, v in start.items()}); return m
+        end, start = self.models[method].state_dict(), self.models['pretrain'].state_dict()
+        m = self.store.get(self.specs['pretrain']).model()
+        m.load_state_dict({k: v + c * (end[k] - v) if v.is_floating_point() else v for k, v in start.items()})
+        return m
 
     def _at(self, method: str, c: float) -> dict:
         "Scores and ToW of θ(c), 0…100."
@@ -129,7 +147,8 @@ class Walk:
     ) -> list:            # n times: names of the wrong attributes; or the one wrong class, if it is wrong
         "What a model says wrongly of images."
         D = ImageSet(self.pixels, idx); said = predict(model, D); names = np.array(self.faces.classes)
-        if self.faces.task == 'multilabel': return [names[w].tolist() for w in ((said > 0) != (D.y > .5)).cpu().numpy()]
+        if self.faces.task == 'multilabel':
+            return [names[w].tolist() for w in ((said > 0) != (D.y > .5)).cpu().numpy()]
         return [[] if k == y else [str(names[k])] for k, y in zip(said.argmax(1).tolist(), D.y.tolist())]
 
 # %% ../nbs/api/explore.ipynb #8358857e
@@ -139,8 +158,19 @@ def plot_walk(
 ) -> Figure:
     "ToW along every one-shot method's move."
     style = figure_style(); fig, ax = _figure(6.4, 3.2)
-    for m in ONE_SHOT: ax.plot(lengths, [walk.at(m if c else 'pretrain', c)['tow'] for c in lengths], color=style[m][0], marker=style[m][1], ms=4, label=method_title(m))
-    ax.axvline(1, color='.8', lw=1, zorder=0); ax.set(xlabel='$c$: length of the step (1: as in the tables)', ylabel='ToW'); fig.legend(loc='outside right upper'); return fig
+    for m in ONE_SHOT:
+        ax.plot(
+            lengths,
+            [walk.at(m if c else 'pretrain', c)['tow'] for c in lengths],
+            color=style[m][0],
+            marker=style[m][1],
+            ms=4,
+            label=method_title(m),
+        )
+    ax.axvline(1, color='.8', lw=1, zorder=0)
+    ax.set(xlabel='$c$: length of the step (1: as in the tables)', ylabel='ToW')
+    fig.legend(loc='outside right upper')
+    return fig
 
 def explore_step(
     store: RunStore, preset: Preset,
@@ -153,18 +183,45 @@ def explore_step(
                     c=widgets.FloatSlider(1, min=0, max=4, step=.25, description='length c', continuous_update=False, layout=widgets.Layout(width='28em')), person=widgets.Dropdown(options=people, description='person'))
 
     def draw(method, c, person):
-        start, now, gold = walk.at(method, 0.), walk.at(method, c), walk.gold; style = figure_style(); s = walk.specs[method]
-        fig = Figure(figsize=(10.5, 3.6), layout='constrained'); left, right = fig.subfigures(1, 2, width_ratios=(1, 1.7)); ax = left.subplots()
+        start, now, gold = walk.at(method, 0.), walk.at(method, c), walk.gold
+        style = figure_style()
+        s = walk.specs[method]
+        fig = Figure(figsize=(10.5, 3.6), layout='constrained')
+        left, right = fig.subfigures(1, 2, width_ratios=(1, 1.7))
+        ax = left.subplots()
         for y, name in enumerate(SCORES):
-            ax.plot([start[name], now[name]], [y, y], color=style[method][0], lw=1); ax.plot(start[name], y, 'o', mfc='w', color='.45', label='Pretrain' if not y else '')
-            ax.plot(now[name], y, 'o', color=style[method][0], label=method_title(method) if not y else ''); ax.plot(gold[name], y, '|', color='k', ms=22, mew=2, label='Retrain' if not y else '')
-        ax.set(yticks=range(3), yticklabels=['$D_r$', '$D_f$', '$D_{te}$'], ylim=(2.6, -.6), xlabel='score', title=f'ToW {now["tow"]:.1f}'); left.legend(loc='outside lower center', ncols=3)
-        mine = r.forget[who[r.forget] == r.forget_identities[person]][:7]; idx = np.concatenate([[r.support[person]], mine]).astype(int)
+            ax.plot([start[name], now[name]], [y, y], color=style[method][0], lw=1)
+            ax.plot(start[name], y, 'o', mfc='w', color='.45', label='Pretrain' if not y else '')
+            ax.plot(now[name], y, 'o', color=style[method][0], label=method_title(method) if not y else '')
+            ax.plot(gold[name], y, '|', color='k', ms=22, mew=2, label='Retrain' if not y else '')
+        ax.set(
+            yticks=range(3),
+            yticklabels=['$D_r$', '$D_f$', '$D_{te}$'],
+            ylim=(2.6, -0.6),
+            xlabel='score',
+            title=f'ToW {now["tow"]:.1f}',
+        )
+        left.legend(loc='outside lower center', ncols=3)
+        mine = r.forget[who[r.forget] == r.forget_identities[person]][:7]
+        idx = np.concatenate([[r.support[person]], mine]).astype(int)
         was, is_ = (walk.wrong(walk.model(method, x), idx) for x in (0., c))
         axes = right.subplots(2, 4).ravel(); [a.set_axis_off() for a in axes[len(idx):]]
-        for a, i, v, w in zip(axes, idx, was, is_): _show(a, portrait(walk.faces, int(i), 96), _before_after(walk.faces, int(i), v, w), '#CC79A7' if i == idx[0] else '#D55E00')
+        for a, i, v, w in zip(axes, idx, was, is_):
+            _show(
+                a,
+                portrait(walk.faces, int(i), 96),
+                _before_after(walk.faces, int(i), v, w),
+                '#CC79A7' if i == idx[0] else '#D55E00',
+            )
         right.suptitle('handed in (first), and images of $D_f$: before → after (✗ now wrong, ✓ now right)', fontsize=9)
-        η = next((f', η = {c * s.hyper[k]:.3g}' for k in ('lr', 'eta') if k in s.hyper and method in ('neggrad', 'metaunlearn')), '')
+        η = next(
+            (
+                f', η = {c * s.hyper[k]:.3g}'
+                for k in ('lr', 'eta')
+                if k in s.hyper and method in ('neggrad', 'metaunlearn')
+            ),
+            '',
+        )
         return fig, (f'{method_title(method)}, c = {c:g}{η}: ToW {now["tow"]:.1f} (Pretrain {start["tow"]:.1f}). Scores on D_r, D_f, D_te: {_three(now)}; Retrain {_three(gold)}. '
                      f'Wrong about this person\'s {len(mine)} images of D_f: {_count(was[1:])} before, {_count(is_[1:])} now.')
 
@@ -175,12 +232,29 @@ def _three(q): return ', '.join(f'{q[name]:.1f}' for name in SCORES)
 def _count(wrong): return sum(map(len, wrong))
 
 def _before_after(faces, i, was, now):  # a portrait's heading
-    if faces.task == 'multilabel': return f'{len(was)} → {len(now)} of {len(faces.classes)} wrong' + ''.join(f'\n{sign} {a}' for sign, names in (('✗', set(now) - set(was)), ('✓', set(was) - set(now))) for a in sorted(names)[:1])
-    true = faces.classes[int(faces.targets[i])]; return f'{true}, called\n{(was or [true])[0]} → {(now or [true])[0]}'
+    if faces.task == 'multilabel':
+        return f'{len(was)} → {len(now)} of {len(faces.classes)} wrong' + ''.join(
+            f'\n{sign} {a}'
+            for sign, names in (('✗', set(now) - set(was)), ('✓', set(was) - set(now)))
+            for a in sorted(names)[:1]
+        )
+    true = faces.classes[int(faces.targets[i])]
+    return f'{true}, called\n{(was or [true])[0]} → {(now or [true])[0]}'
 
 # %% ../nbs/api/explore.ipynb #96b88af6
-_LATENTS = dict(years=(19, 76), skin=(0, 1), jaw=(-2, 2), eye_gap=(-2, 2), nose_wide=(-2, 2), hair=(0, 4), cut=(0, 7))          # of the person
-_PHOTO = dict(yaw=(-1, 1), roll=(-15, 15), zoom=(.85, 1.2), light=(-1, 1), exposure=(.7, 1.3), smile=(0, 1), glasses=(0, 1), hat=(0, 1))  # of the photograph
+# of the person
+_LATENTS = dict(years=(19, 76), skin=(0, 1), jaw=(-2, 2), eye_gap=(-2, 2), nose_wide=(-2, 2), hair=(0, 4), cut=(0, 7))
+# of the photograph
+_PHOTO = dict(
+    yaw=(-1, 1),
+    roll=(-15, 15),
+    zoom=(0.85, 1.2),
+    light=(-1, 1),
+    exposure=(0.7, 1.3),
+    smile=(0, 1),
+    glasses=(0, 1),
+    hat=(0, 1),
+)
 
 def explore_portrait(
     size: int = 256,  # edge of the large drawing in pixels
@@ -189,25 +263,37 @@ def explore_portrait(
     "The two latents of a drawn portrait as sliders."
     choices = dict(hair=HAIR[:5], cut=CUTS) | {k: ['no', 'yes'] for k in ('smile', 'glasses', 'hat')}
     def slider(k, low, high):
-        if k in choices: return widgets.SelectionSlider(options=[(name, float(i)) for i, name in enumerate(choices[k])], description=k, continuous_update=False)
+        if k in choices:
+            return widgets.SelectionSlider(
+                options=[(name, float(i)) for i, name in enumerate(choices[k])], description=k, continuous_update=False
+            )
         return widgets.FloatSlider(low, min=low, max=high, step=(high - low) / 40, description=k, continuous_update=False)
-    number = dict(person=widgets.IntSlider(0, 0, 50, description='person', continuous_update=False), photo=widgets.IntSlider(0, 0, 20, description='photograph', continuous_update=False))
+    number = dict(
+        person=widgets.IntSlider(0, 0, 50, description='person', continuous_update=False),
+        photo=widgets.IntSlider(0, 0, 20, description='photograph', continuous_update=False),
+    )
     latents = {k: slider(k, *b) for k, b in (_LATENTS | _PHOTO).items()}
 
     def own():  # the latents that these numbers stand for
-        p = draw_person(seed, number['person'].value); return p, draw_photo(seed, number['person'].value, number['photo'].value, p)
+        p = draw_person(seed, number['person'].value)
+        return p, draw_photo(seed, number['person'].value, number['photo'].value, p)
 
     def values():
-        both = {k: v for latent in own() for k, v in latent.items()}; return {k: both[k] if k in choices else float(np.clip(both[k], c.min, c.max)) for k, c in latents.items()}
+        both = {k: v for latent in own() for k, v in latent.items()}
+        return {k: both[k] if k in choices else float(np.clip(both[k], c.min, c.max)) for k, c in latents.items()}
 
     def draw(person, photo, **moved):
         p, q = own(); p |= {k: moved[k] for k in _LATENTS}; q |= {k: moved[k] for k in _PHOTO}
-        fig = Figure(figsize=(9, 3.6), layout='constrained'); ax = fig.subplot_mosaic([['big', 'big', *(f'a{j}' for j in range(5))], ['big', 'big', *(f'b{j}' for j in range(5))]])
+        fig = Figure(figsize=(9, 3.6), layout='constrained')
+        ax = fig.subplot_mosaic([['big', 'big', *(f'a{j}' for j in range(5))], ['big', 'big', *(f'b{j}' for j in range(5))]])
         _show(ax['big'], render(p, q, size))
         for j in range(5):
             _show(ax[f'a{j}'], render(p, draw_photo(seed, person, 100 + j, p), 96), 'same person' if not j else '')
             _show(ax[f'b{j}'], render(draw_person(seed, person + 1 + j), q, 96), 'same photograph' if not j else '')
-        seen = visible_attributes(p, q); filed = annotate_attributes(seen[None], seed, person)[0]; names = np.array(ATTRIBUTES); join = lambda w: ', '.join(names[w.astype(bool)]) or 'nothing'
+        seen = visible_attributes(p, q)
+        filed = annotate_attributes(seen[None], seed, person)[0]
+        names = np.array(ATTRIBUTES)
+        join = lambda w: ', '.join(names[w.astype(bool)]) or 'nothing'
         return fig, f'Seen: {join(seen)}. The annotator adds {join(filed & ~seen & 1)} and leaves out {join(seen & ~filed & 1)}.'
 
     for k, v in values().items(): latents[k].value = v
@@ -227,17 +313,40 @@ def explore_roc(
     @lru_cache
     def scores(method, attack):
         s = specs[method]
-        if attack == 'loss': l = metrics_of(store, s)['losses']; return -np.array(l['forget']), -np.array(l['test'])
-        make_runs(store, [store.reference_of(s)]); return tuple(map(np.array, measure(store, rmia_scores, [(s, {})], 'RMIA', 1)[0]['2,0.3']))
+        if attack == 'loss':
+            l = metrics_of(store, s)['losses']
+            return -np.array(l['forget']), -np.array(l['test'])
+        make_runs(store, [store.reference_of(s)])
+        return tuple(map(np.array, measure(store, rmia_scores, [(s, {})], 'RMIA', 1)[0]['2,0.3']))
 
     def draw(attack, **on):
         style = figure_style(); fig, ax = _figure(6.6, 3.8); auc, low = {}, .1
         for m in (m for m in specs if on[m]):
-            a, b = scores(m, attack); x, y = roc(a, b); auc[m] = 100 * roc_auc_score(np.repeat([1, 0], [len(a), len(b)]), np.concatenate([a, b])); low = lowest_fpr(len(b))
+            a, b = scores(m, attack)
+            x, y = roc(a, b)
+            auc[m] = 100 * roc_auc_score(np.repeat([1, 0], [len(a), len(b)]), np.concatenate([a, b]))
+            low = lowest_fpr(len(b))
             ax.step(x[0], y[0], where='post', color=style[m][0], lw=1.5, label=f'{method_title(m)} ({auc[m]:.1f})')
-        ax.plot([1e-4, 1], [1e-4, 1], color='.7', lw=1, ls=':'); ax.set(xscale='log', yscale='log', xlim=(low, 1), ylim=(low, 1.05), xlabel='false-positive rate ($D_{te}$ called members)', ylabel='true-positive rate ($D_f$)')
+        ax.plot([1e-4, 1], [1e-4, 1], color='.7', lw=1, ls=':')
+        ax.set(
+            xscale='log',
+            yscale='log',
+            xlim=(low, 1),
+            ylim=(low, 1.05),
+            xlabel='false-positive rate ($D_{te}$ called members)',
+            ylabel='true-positive rate ($D_f$)',
+        )
         if auc: fig.legend(loc='outside right upper', title='AUC')
-        return fig, f'{attack} attack, AUC (50: D_f looks like people nobody trained on): ' + (', '.join(f'{method_title(m)} {v:.1f}' for m, v in auc.items()) or 'no method is switched on') + '.'
+        return (
+            fig,
+            f'{attack} attack, AUC (50: D_f looks like people nobody trained on): '
+            + (', '.join(f'{method_title(m)} {v:.1f}' for m, v in auc.items()) or 'no method is switched on')
+            + '.',
+        )
 
     switch = lambda m: widgets.Checkbox(m in shown, description=method_title(m), indent=False, layout=widgets.Layout(width='9em'))
-    return Explorer(dict(attack=widgets.ToggleButtons(options=['loss', 'RMIA'], description='attack')) | {m: switch(m) for m in specs}, draw)
+    return Explorer(
+        dict(attack=widgets.ToggleButtons(options=['loss', 'RMIA'], description='attack'))
+        | {m: switch(m) for m in specs},
+        draw,
+    )

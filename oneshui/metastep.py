@@ -35,11 +35,17 @@ class StepSizes(nn.Module):
         sizes: str = 'spectrum',   # 'spectrum': one a tensor and one a band of each layer's inputs; 'tensor': one a tensor; 'model': one
         basis: dict | None = None, # layer -> (U, band) from `input_bands`; needed for 'spectrum'
     ):
-        super().__init__(); self.names = [k for k, _ in model.named_parameters()]; self.layers = {f'{k}.weight': i for i, k in enumerate(basis or {})}
-        self.total = nn.Parameter(torch.zeros(())); self.tensor = nn.Parameter(torch.zeros(len(self.names)), requires_grad=sizes != 'model')
+        super().__init__()
+        self.names = [k for k, _ in model.named_parameters()]
+        self.layers = {f'{k}.weight': i for i, k in enumerate(basis or {})}
+        self.total = nn.Parameter(torch.zeros(()))
+        self.tensor = nn.Parameter(torch.zeros(len(self.names)), requires_grad=sizes != 'model')
         self.band = nn.Parameter(torch.zeros(len(self.layers), len(EDGES) + 1), requires_grad=bool(basis))
-        self.register_buffer('norm', torch.stack([p.detach().norm() for p in model.parameters()]).norm())   # ψ₀ is relative to ‖θ‖
-        for i, (U, b) in enumerate((basis or {}).values()): self.register_buffer(f'U{i}', U); self.register_buffer(f'band_of{i}', b)
+        # ψ₀ is relative to ‖θ‖
+        self.register_buffer('norm', torch.stack([p.detach().norm() for p in model.parameters()]).norm())
+        for i, (U, b) in enumerate((basis or {}).values()):
+            self.register_buffer(f'U{i}', U)
+            self.register_buffer(f'band_of{i}', b)
 
     def forward(self,
         u: dict,   # parameter name -> tensor
@@ -47,7 +53,10 @@ class StepSizes(nn.Module):
         out = {}
         for k, s in zip(self.names, (self.total + self.tensor).exp() * self.norm):
             v = u[k]
-            if k in self.layers: i = self.layers[k]; U = getattr(self, f'U{i}'); v = ((v.flatten(1) @ U) * self.band[i].exp()[getattr(self, f'band_of{i}')] @ U.T).view_as(v)
+            if k in self.layers:
+                i = self.layers[k]
+                U = getattr(self, f'U{i}')
+                v = ((v.flatten(1) @ U) * self.band[i].exp()[getattr(self, f'band_of{i}')] @ U.T).view_as(v)
             out[k] = s * v
         return out
 
@@ -57,7 +66,13 @@ LOSSES, LABELS = ('task', 'both', 'learned'), ('given', 'predicted')
 class StepLoss(nn.Module):
     "M: what the step descends."
     def __init__(self, n_classes: int, d_features: int, loss: str = 'task', hidden: int = 512):
-        super().__init__(); self.task = loss != 'learned'; self.h = None if loss == 'task' else MetaLoss(n_classes, d_features, 0, ('logits', 'features', 'targets'), hidden, dropout=0.)
+        super().__init__()
+        self.task = loss != 'learned'
+        self.h = (
+            None
+            if loss == 'task'
+            else MetaLoss(n_classes, d_features, 0, ('logits', 'features', 'targets'), hidden, dropout=0.0)
+        )
         if loss == 'both': nn.init.zeros_(self.h.net[-2].weight)
     def forward(self, z: tuple, y: torch.Tensor) -> torch.Tensor:
         M = -task_loss(z[0], y) if self.task else 0.
@@ -75,9 +90,14 @@ def direction(
     x: torch.Tensor, y: torch.Tensor,  # the support set
 ) -> tuple:             # u (parameter name -> tensor, unit length over all), ‖∇M‖
     "u = ∇M / ‖∇M‖. Raises `FloatingPointError` if the gradient is not finite or zero."
-    θ = {k: p.detach().requires_grad_() for k, p in model.named_parameters()}; g = torch.autograd.grad(M(outputs(model, θ, x), y), list(θ.values()), allow_unused=True)
-    g = {k: torch.zeros_like(p) if gi is None else gi for (k, p), gi in zip(θ.items(), g)}; norm = torch.stack([v.norm() for v in g.values()]).norm()
-    if not torch.isfinite(norm) or norm == 0: raise FloatingPointError(f'MetaStep: the gradient on the support set has length {norm.item():g}, so there is no direction to step in.')
+    θ = {k: p.detach().requires_grad_() for k, p in model.named_parameters()}
+    g = torch.autograd.grad(M(outputs(model, θ, x), y), list(θ.values()), allow_unused=True)
+    g = {k: torch.zeros_like(p) if gi is None else gi for (k, p), gi in zip(θ.items(), g)}
+    norm = torch.stack([v.norm() for v in g.values()]).norm()
+    if not torch.isfinite(norm) or norm == 0:
+        raise FloatingPointError(
+            f'MetaStep: the gradient on the support set has length {norm.item():g}, so there is no direction to step in.'
+        )
     return {k: v / norm for k, v in g.items()}, norm
 
 # %% ../nbs/12_metastep.ipynb #ea361594
@@ -89,10 +109,16 @@ def meta_gradient(
     "dA/dψ and dA/dφ, exactly, without a second backward pass through the network."
     u, norm = direction(model, M, x, y); step = H(u); θ = {k: p.detach() for k, p in model.named_parameters()}
     θ_u = {k: (p - step[k]).detach().requires_grad_() for k, p in θ.items()}; A = objective(θ_u)
-    v = {k: torch.zeros_like(p) if g is None else g for (k, p), g in zip(θ_u.items(), torch.autograd.grad(A, list(θ_u.values()), allow_unused=True))}
+    v = {
+        k: torch.zeros_like(p) if g is None else g
+        for (k, p), g in zip(θ_u.items(), torch.autograd.grad(A, list(θ_u.values()), allow_unused=True))
+    }
     H.zero_grad(); (-sum((step[k] * v[k]).sum() for k in step)).backward()
     if M.h is not None:
-        with torch.no_grad(): w = H(v); along_u = sum((u[k] * w[k]).sum() for k in u); w = {k: (w[k] - along_u * u[k]) / norm for k in w}
+        with torch.no_grad():
+            w = H(v)
+            along_u = sum((u[k] * w[k]).sum() for k in u)
+            w = {k: (w[k] - along_u * u[k]) / norm for k in w}
         M.zero_grad(); (-loss_along(model, lambda z: M(z, y), x, w)).backward()
     return A.item()
 
@@ -113,18 +139,31 @@ class Simulation:
         batch_size: int = 32,      # images of each of D_f, D_r and D_v
         singles: str = 'skip',     # of `simulate_requests`
     ):
-        self.model, self.train, self.val, self.n, self.rng, self.keep, self.batch_size, self.singles, self.device = model, train, val, n, rng, keep, batch_size, singles, device_of(model)
-        self.θ = {k: p.detach() for k, p in model.named_parameters()}; self.before = {D: predict(model, D) for D in (train, val)}
+        self.model, self.train, self.val, self.n, self.rng, self.keep, self.batch_size, self.singles, self.device = (
+            model,
+            train,
+            val,
+            n,
+            rng,
+            keep,
+            batch_size,
+            singles,
+            device_of(model),
+        )
+        self.θ = {k: p.detach() for k, p in model.named_parameters()}
+        self.before = {D: predict(model, D) for D in (train, val)}
         self.error = {D: expected_error(lo.float(), D.y) for D, lo in self.before.items()}; self.queue = []
 
     def request(self) -> tuple:
         "Rows of D_tr: (portraits, images to forget). Everybody asks once before anybody asks twice."
-        if not self.queue: self.queue = simulate_requests(self.train.identity, np.arange(len(self.train)), self.n, self.rng, self.singles)
+        if not self.queue:
+            self.queue = simulate_requests(self.train.identity, np.arange(len(self.train)), self.n, self.rng, self.singles)
         return self.queue.pop()
 
     def look(self, s, f, size=None) -> tuple:
         "What is looked at after a request: (images, [(set, rows)] of D_f, D_r, D_v)."
-        draw = lambda rows: self.rng.choice(rows, min(size or self.batch_size, len(rows)), replace=False); others = np.flatnonzero(~np.isin(self.train.identity, self.train.identity[s]))
+        draw = lambda rows: self.rng.choice(rows, min(size or self.batch_size, len(rows)), replace=False)
+        others = np.flatnonzero(~np.isin(self.train.identity, self.train.identity[s]))
         parts = [(self.train, draw(f)), (self.train, draw(others)), (self.val, draw(np.arange(len(self.val))))]
         return torch.cat([D.tensors(rows, self.device)[0] for D, rows in parts]), parts
 
@@ -133,18 +172,35 @@ class Simulation:
 
     def objective(self, θ, looked) -> torch.Tensor:
         "A."
-        goals = [self.error[self.val].mean()] + [self.error[D][rows].mean() for D, rows in looked[1][1:]]; gaps = [(expected_error(lo, D.y[rows].to(self.device)).mean() - g.to(self.device)).abs() for lo, (D, rows), g in zip(self.logits(θ, looked), looked[1], goals)]
+        goals = [self.error[self.val].mean()] + [self.error[D][rows].mean() for D, rows in looked[1][1:]]
+        gaps = [
+            (expected_error(lo, D.y[rows].to(self.device)).mean() - g.to(self.device)).abs()
+            for lo, (D, rows), g in zip(self.logits(θ, looked), looked[1], goals)
+        ]
         return gaps[0] + self.keep * (gaps[1] + gaps[2])
 
     def strangers(self, times: int = 50) -> float:
         "Mean score of as many people as ask, none of whom was in D_tr: mAP of few images is not that of many."
-        people = np.unique(self.val.identity); groups = [np.flatnonzero(np.isin(self.val.identity, self.rng.choice(people, min(self.n, len(people)), replace=False))) for _ in range(times)]
+        people = np.unique(self.val.identity)
+        groups = [
+            np.flatnonzero(np.isin(self.val.identity, self.rng.choice(people, min(self.n, len(people)), replace=False)))
+            for _ in range(times)
+        ]
         return float(np.mean([100 * batch_score(self.before[self.val][g], self.val.y[g]) for g in groups]))
 
     def tow(self, θ, looked, goal: float) -> float:
         "ToW with stand-ins for Retrain's scores: strangers' for D_f, Pretrain's for D_r and D_v."
-        names = ('forget', 'retain', 'test'); lo = self.logits(θ, looked); after = {k: 100 * batch_score(l, D.y[rows].to(l.device)).item() for k, l, (D, rows) in zip(names, lo, looked[1])}
-        return tug_of_war(after, dict(forget=goal) | {k: 100 * batch_score(self.before[D][rows], D.y[rows]).item() for k, (D, rows) in zip(names[1:], looked[1][1:])})
+        names = ('forget', 'retain', 'test')
+        lo = self.logits(θ, looked)
+        after = {k: 100 * batch_score(l, D.y[rows].to(l.device)).item() for k, l, (D, rows) in zip(names, lo, looked[1])}
+        return tug_of_war(
+            after,
+            dict(forget=goal)
+            | {
+                k: 100 * batch_score(self.before[D][rows], D.y[rows]).item()
+                for k, (D, rows) in zip(names[1:], looked[1][1:])
+            },
+        )
 
 # %% ../nbs/12_metastep.ipynb #3720ed0f
 def metastep_prepare(model, train, val, *,
@@ -163,8 +219,13 @@ def metastep_prepare(model, train, val, *,
     "Learn the step sizes on simulated requests. Raises `ValueError` on unknown options, `FloatingPointError` when A is not finite."
     for k, v, valid in (('sizes', sizes, SIZES), ('loss', loss, LOSSES), ('labels', labels, LABELS)):
         if v not in valid: raise ValueError(f'{k} = "{v}": valid are {", ".join(valid)}.')
-    dev, rng = device_of(model), np.random.default_rng(torch.randint(2 ** 31, ()).item()); sim = Simulation(model, train, val, simulated_size, rng, keep, batch_size, singles)
-    H = StepSizes(model, sizes, {k: input_bands(C) for k, C in input_covariance(model, train).items()} if sizes == 'spectrum' else None).to(dev)
+    dev, rng = device_of(model), np.random.default_rng(torch.randint(2 ** 31, ()).item())
+    sim = Simulation(model, train, val, simulated_size, rng, keep, batch_size, singles)
+    H = StepSizes(
+        model,
+        sizes,
+        {k: input_bands(C) for k, C in input_covariance(model, train).items()} if sizes == 'spectrum' else None,
+    ).to(dev)
     with torch.no_grad(): d = logits_and_cls(model, val.tensors([0], dev)[0])[1].shape[1]
     M = StepLoss(val.n_classes, d, loss, hidden).to(dev)
     def portrait(s): x, y = train.tensors(s, dev); return x, _targets(model, x, y, labels)
@@ -172,24 +233,42 @@ def metastep_prepare(model, train, val, *,
     grid, found = 10. ** np.arange(-4, 0, .5), 0.                                                   # start
     for _ in range(2):
         s, f = sim.request(); u = direction(model, M, *portrait(s))[0]; looked = sim.look(s, f)
-        with torch.no_grad(): step = H(u); found = found + np.array([sim.objective(along(step, c), looked).item() for c in grid])
+        with torch.no_grad():
+            step = H(u)
+            found = found + np.array([sim.objective(along(step, c), looked).item() for c in grid])
     start = math.log(grid[np.nan_to_num(found, nan=math.inf).argmin()]); H.total.data.fill_(start)
-    opt = torch.optim.Adam([dict(params=[p for p in H.parameters() if p.requires_grad], lr=lr)] + [dict(params=M.parameters(), lr=lr_loss)] * (loss != 'task')); schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, requests); history = []
+    opt = torch.optim.Adam(
+        [dict(params=[p for p in H.parameters() if p.requires_grad], lr=lr)]
+        + [dict(params=M.parameters(), lr=lr_loss)] * (loss != 'task')
+    )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, requests)
+    history = []
     for i in progress(range(requests), 'meta-training'):                                            # steps
-        s, f = sim.request(); looked = sim.look(s, f); history.append(meta_gradient(model, H, M, *portrait(s), lambda θ: sim.objective(θ, looked)))
-        if not math.isfinite(history[-1]): raise FloatingPointError(f'meta-training: A is {history[-1]} at request {i + 1}. Lower lr ({lr:g}).')
+        s, f = sim.request()
+        looked = sim.look(s, f)
+        history.append(meta_gradient(model, H, M, *portrait(s), lambda θ: sim.objective(θ, looked)))
+        if not math.isfinite(history[-1]):
+            raise FloatingPointError(f'meta-training: A is {history[-1]} at request {i + 1}. Lower lr ({lr:g}).')
         opt.step(); schedule.step()
     factors, found, goal = 2. ** np.arange(-1, 3.1, .5), [], sim.strangers()                         # calibration
     for _ in progress(range(calibration), 'calibration'):
         s, f = sim.request(); u = direction(model, M, *portrait(s))[0]; looked = sim.look(s, f, 48)
-        with torch.no_grad(): step = H(u); found.append([sim.tow(along(step, c), looked, goal) for c in factors])
+        with torch.no_grad():
+            step = H(u)
+            found.append([sim.tow(along(step, c), looked, goal) for c in factors])
     if calibration: H.total.data += math.log(factors[np.mean(found, 0).argmax()])
-    return {f'H.{k}': v.detach() for k, v in H.state_dict().items()} | {f'M.{k}': v.detach() for k, v in M.state_dict().items()} | dict(history=torch.tensor(history), start=torch.tensor(start), calibration=torch.tensor(found))
+    return (
+        {f'H.{k}': v.detach() for k, v in H.state_dict().items()}
+        | {f'M.{k}': v.detach() for k, v in M.state_dict().items()}
+        | dict(history=torch.tensor(history), start=torch.tensor(start), calibration=torch.tensor(found))
+    )
 
 @method('metastep', 'MetaStep', metastep_prepare)
 def metastep(model, support, state, *, sizes: str = 'spectrum', loss: str = 'task', labels: str = 'given', hidden: int = 512):
     "θ_u = θ − H_ψ u: one step on S."
-    x, y = support.tensors(device=device_of(model)); of = lambda p: {k[2:]: v for k, v in state.items() if k.startswith(p)}; h = of('H.')
+    x, y = support.tensors(device=device_of(model))
+    of = lambda p: {k[2:]: v for k, v in state.items() if k.startswith(p)}
+    h = of('H.')
     basis = {k: (h[f'U{i}'], h[f'band_of{i}']) for i, k in enumerate(_projected(model))} if sizes == 'spectrum' else None
     H = StepSizes(model, sizes, basis); H.load_state_dict(h); H.to(x.device)
     with torch.no_grad(): z = logits_and_cls(model, x[:1])

@@ -33,7 +33,8 @@ class MetaLoss(nn.Module):
         hidden: int = 512, dropout: float = .5, d_identity: int = 64,
     ):
         super().__init__(); self.inputs, self.n_classes = tuple(inputs), n_classes
-        if set(inputs) - set(INPUTS) or not inputs: raise ValueError(f'inputs={inputs}: valid are {", ".join(INPUTS)}.')
+        if set(inputs) - set(INPUTS) or not inputs:
+            raise ValueError(f'inputs={inputs}: valid are {", ".join(INPUTS)}.')
         width = dict(logits=n_classes, features=d_features, targets=n_classes, identities=d_identity)
         if 'identities' in inputs: self.embed = nn.Embedding(n_identities, d_identity)
         self.net = nn.Sequential(nn.Linear(sum(width[i] for i in self.inputs), hidden), nn.LayerNorm(hidden), nn.Linear(hidden, hidden), nn.GELU(),
@@ -45,7 +46,12 @@ class MetaLoss(nn.Module):
         who: torch.Tensor,        # int64 [n], positions among the train identities
     ) -> torch.Tensor:            # scalar M: the mean over the samples
         target = y if y.is_floating_point() else F.one_hot(y, self.n_classes).to(z[0].dtype)
-        part = dict(logits=lambda: z[0].sigmoid(), features=lambda: z[1], targets=lambda: target, identities=lambda: self.embed(who))
+        part = dict(
+            logits=lambda: z[0].sigmoid(),
+            features=lambda: z[1],
+            targets=lambda: target,
+            identities=lambda: self.embed(who),
+        )
         return self.net(torch.cat([part[i]() for i in self.inputs], 1)).mean()
 
 # %% ../nbs/03_metaunlearn.ipynb #5ac9cd05
@@ -55,7 +61,8 @@ def batch_score(
     "Accuracy, or macro mAP with absent attributes as zero (as the released code scales by)."
     logits = logits.detach()
     if not y.is_floating_point(): return (logits.argmax(1) == y).float().mean()
-    hit = y.gather(0, logits.argsort(0, descending=True)); rank = torch.arange(1, len(y) + 1, device=y.device)[:, None]
+    hit = y.gather(0, logits.argsort(0, descending=True))
+    rank = torch.arange(1, len(y) + 1, device=y.device)[:, None]
     return ((hit * hit.cumsum(0) / rank).sum(0) / hit.sum(0).clamp(min=1)).mean()
 
 DISTANCES = dict(l1=F.l1_loss, l2=F.mse_loss, smooth_l1=F.smooth_l1_loss)
@@ -84,7 +91,9 @@ def scrub_objective(
     T: float = 4., kl_weight: float = .001, task_weight: float = .99,
 ) -> torch.Tensor:   # scalar; unbounded below
     "SCRUB's loss (Kurmanji et al. 2023) in the place of A; divergences are means over the outputs."
-    r, r0, y = retain; task = 'sigmoid' if y.is_floating_point() else 'softmax'; kl = lambda teacher, student: divergence(teacher, student, T, task) / student.shape[1]
+    r, r0, y = retain
+    task = 'sigmoid' if y.is_floating_point() else 'softmax'
+    kl = lambda teacher, student: divergence(teacher, student, T, task) / student.shape[1]
     return task_weight * task_loss(r, y) + kl_weight * kl(r0, r) - kl(forget[1], forget[0])
 
 # %% ../nbs/03_metaunlearn.ipynb #457d0c1a
@@ -101,7 +110,9 @@ def outputs(model: nn.Module, θ: dict, x: torch.Tensor) -> tuple:
 
 class _same_mask:
     # inside, random numbers (dropout) are those of `seed`; afterwards the generators go on as if nothing had happened
-    def __init__(self, seed, device): self.fork = torch.random.fork_rng([device] if device.type == 'cuda' else []); self.seed = seed
+    def __init__(self, seed, device):
+        self.fork = torch.random.fork_rng([device] if device.type == 'cuda' else [])
+        self.seed = seed
     def __enter__(self): self.fork.__enter__(); torch.manual_seed(self.seed)
     def __exit__(self, *a): self.fork.__exit__(*a)
 
@@ -125,8 +136,10 @@ def loss_along(
     w: dict,             # parameter name -> tensor: a direction in the space of θ
 ) -> torch.Tensor:       # wᵀ∇_θ M, with a graph to φ
     "The slope of M along w: one forward derivative through the network, and a graph through the loss alone."
-    with sdpa_kernel(SDPBackend.MATH), torch.no_grad(): z, ż = jvp(lambda θ: outputs(model, θ, x), (_parameters(model),), (w,))   # fused attention has no forward mode
-    z = tuple(t.detach().requires_grad_() for t in z); g_z = torch.autograd.grad(loss(z), z, create_graph=True, allow_unused=True)
+    with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        z, ż = jvp(lambda θ: outputs(model, θ, x), (_parameters(model),), (w,))   # fused attention has no forward mode
+    z = tuple(t.detach().requires_grad_() for t in z)
+    g_z = torch.autograd.grad(loss(z), z, create_graph=True, allow_unused=True)
     return sum((g * t).sum() for g, t in zip(g_z, ż) if g is not None)
 
 def hypergradient(
@@ -137,7 +150,9 @@ def hypergradient(
     "dA/dφ, exactly, without a second backward pass through the network (spec §8)."
     x, y, who = S; φ = list(h.parameters())
     θ_u, _ = unlearning_step(model, h, S, eta, mask)                                      # (1)
-    θ_u = {k: p.requires_grad_() for k, p in θ_u.items()}; v = {k: torch.zeros_like(p) for k, p in θ_u.items()}; A = 0.
+    θ_u = {k: p.requires_grad_() for k, p in θ_u.items()}
+    v = {k: torch.zeros_like(p) for k, p in θ_u.items()}
+    A = 0.
     for share in outer(θ_u):                                                              # (2)
         a = share()
         for vi, gi in zip(v.values(), torch.autograd.grad(a, list(θ_u.values()), allow_unused=True)):
@@ -163,7 +178,10 @@ def hypergradient_oracle(model, h, S, eta, outer, mask=0):
 def _positions(identity, known):
     # where each identity code stands in the sorted array of train identities
     at = np.searchsorted(known, identity).clip(max=len(known) - 1); lost = known[at] != identity
-    if lost.any(): raise FacesError(f'identity {np.asarray(identity)[lost][0]} is not one of the {len(known)} train identities, so the published MetaUnlearn has no embedding for it. Use inputs without "identities".')
+    if lost.any():
+        raise FacesError(
+            f'identity {np.asarray(identity)[lost][0]} is not one of the {len(known)} train identities, so the published MetaUnlearn has no embedding for it. Use inputs without "identities".'
+        )
     return at
 
 def metaunlearn_prepare(model, train, val, *,
@@ -178,17 +196,30 @@ def metaunlearn_prepare(model, train, val, *,
 ) -> dict:                              # φ (and ψ), the train identities, A of every request
     "Meta-train h_φ on simulated requests (Algorithm 1). Raises `ValueError` on unknown terms, `FloatingPointError` when A is not finite."
     if terms not in TERMS: raise ValueError(f'terms = "{terms}": valid are {", ".join(TERMS)}.')
-    dev, rng = device_of(model), np.random.default_rng(torch.randint(2 ** 31, ()).item()); known = np.unique(train.identity); who_of = _positions(train.identity, known)
+    dev, rng = device_of(model), np.random.default_rng(torch.randint(2 ** 31, ()).item())
+    known = np.unique(train.identity)
+    who_of = _positions(train.identity, known)
     x0 = val.tensors([0], dev)[0]
     with torch.no_grad(): d = logits_and_cls(model, x0)[1].shape[1]
     new = lambda: MetaLoss(val.n_classes, d, len(known), tuple(inputs), hidden, dropout).to(dev).train()
-    learner = lambda h: (h, o := torch.optim.Adam(h.parameters(), lr, amsgrad=True), torch.optim.lr_scheduler.CosineAnnealingLR(o, epochs))
-    h, opt, schedule = learner(new()); original = predict(model, val).to(dev); before = predict(model, train).to(dev) if terms == 'scrub' else None; history = []
+    learner = lambda h: (
+        h,
+        o := torch.optim.Adam(h.parameters(), lr, amsgrad=True),
+        torch.optim.lr_scheduler.CosineAnnealingLR(o, epochs),
+    )
+    h, opt, schedule = learner(new())
+    original = predict(model, val).to(dev)
+    before = predict(model, train).to(dev) if terms == 'scrub' else None
+    history = []
     if retain_step: h_r, opt_r, schedule_r = learner(new()); after_step = copy.deepcopy(model)
     def update(model, h, opt, S, outer):
         mask = int(rng.integers(2 ** 31)); grads, A = hypergradient(model, h, S, eta, outer, mask=mask)
-        if not math.isfinite(A): raise FloatingPointError(f'meta-training: A is {A} at request {len(history) + 1}. Lower eta ({eta:g}) or lr ({lr:g}).')
-        θ_u = unlearning_step(model, h, S, eta, mask)[0] if retain_step and model is not after_step else None   # of the φ that made A, before it moves
+        if not math.isfinite(A):
+            raise FloatingPointError(
+                f'meta-training: A is {A} at request {len(history) + 1}. Lower eta ({eta:g}) or lr ({lr:g}).'
+            )
+        # of the φ that made A, before it moves
+        θ_u = unlearning_step(model, h, S, eta, mask)[0] if retain_step and model is not after_step else None
         for p, g in zip(h.parameters(), grads): p.grad = g
         opt.step(); return θ_u, A
     for _ in range(epochs):
@@ -203,9 +234,21 @@ def metaunlearn_prepare(model, train, val, *,
                     def share(rows=rows, v=v):
                         xf, yf = train.tensors(rows, dev); forget = outputs(model, θ_u, xf)[0]
                         xv, yv = (train if terms == 'scrub' else val).tensors(v, dev)
-                        if terms == 'scrub': return len(rows) / len(f) * scrub_objective((forget, before[rows]), (outputs(model, θ_u, xv)[0], before[v], yv))
-                        with torch.set_grad_enabled(not detach or terms == 'reverse'): after = outputs(model, θ_u, xv)[0] if terms != 'original' else original[v]
-                        return len(rows) / len(f) * meta_objective((forget, yf), (original[v], yv), (after, yv), terms, distance, scaled, detach)
+                        if terms == 'scrub':
+                            return (
+                                len(rows)
+                                / len(f)
+                                * scrub_objective((forget, before[rows]), (outputs(model, θ_u, xv)[0], before[v], yv))
+                            )
+                        with torch.set_grad_enabled(not detach or terms == 'reverse'):
+                            after = outputs(model, θ_u, xv)[0] if terms != 'original' else original[v]
+                        return (
+                            len(rows)
+                            / len(f)
+                            * meta_objective(
+                                (forget, yf), (original[v], yv), (after, yv), terms, distance, scaled, detach
+                            )
+                        )
                     yield share
             def outer_retain(θ_r):
                 for k in range(0, len(f), batch_size):
@@ -213,11 +256,17 @@ def metaunlearn_prepare(model, train, val, *,
                         x, y = train.tensors(rows, dev); return w * task_loss(outputs(model, θ_r, x)[0], y)
                     yield share
             θ_u, A = update(model, h, opt, S, outer); history.append(A)
-            if retain_step: after_step.load_state_dict(θ_u, strict=False); update(after_step, h_r, opt_r, S, outer_retain)
+            if retain_step:
+                after_step.load_state_dict(θ_u, strict=False)
+                update(after_step, h_r, opt_r, S, outer_retain)
         schedule.step()
         if retain_step: schedule_r.step()
     named = lambda prefix, h: {f'{prefix}.{k}': v.detach().cpu() for k, v in h.state_dict().items()}
-    return named('h', h) | (named('r', h_r) if retain_step else {}) | dict(identities=torch.from_numpy(known), history=torch.tensor(history))
+    return (
+        named('h', h)
+        | (named('r', h_r) if retain_step else {})
+        | dict(identities=torch.from_numpy(known), history=torch.tensor(history))
+    )
 
 # %% ../nbs/03_metaunlearn.ipynb #8d2ed558
 @method('metaunlearn', 'MetaUnlearn', metaunlearn_prepare)
@@ -230,6 +279,7 @@ def metaunlearn(model, support, state, *, eta: float, inputs: tuple = INPUTS, dr
     who = _positions(support.identity, known) if 'identities' in inputs else np.zeros(len(support), int)
     with torch.no_grad(): lo, cls = logits_and_cls(model, x[:1])
     for prefix in ['h'] * steps + ['r'] * retain_step:
-        h = MetaLoss(lo.shape[1], cls.shape[1], len(known), tuple(inputs), hidden, dropout).to(dev).eval(); h.load_state_dict({k[2:]: v for k, v in state.items() if k.startswith(f'{prefix}.')})
+        h = MetaLoss(lo.shape[1], cls.shape[1], len(known), tuple(inputs), hidden, dropout).to(dev).eval()
+        h.load_state_dict({k[2:]: v for k, v in state.items() if k.startswith(f'{prefix}.')})
         model.load_state_dict(unlearning_step(model, h, (x, y, torch.from_numpy(who).to(dev)), eta)[0], strict=False)
     return model

@@ -17,7 +17,11 @@ def task_loss(
     reduction: str = 'mean',  # 'mean' -> scalar, 'none' -> [n]
 ) -> torch.Tensor:
     "L_task: binary cross entropy averaged over attributes, or cross entropy."
-    l = F.binary_cross_entropy_with_logits(logits, y, reduction='none').mean(1) if y.is_floating_point() else F.cross_entropy(logits, y, reduction='none')
+    l = (
+        F.binary_cross_entropy_with_logits(logits, y, reduction='none').mean(1)
+        if y.is_floating_point()
+        else F.cross_entropy(logits, y, reduction='none')
+    )
     return l.mean() if reduction == 'mean' else l
 
 def mean_average_precision(
@@ -28,7 +32,11 @@ def mean_average_precision(
     "Macro mAP × 100: average precision per attribute, then their mean. NaN if no attribute has a positive."
     positives = y.sum(0) > 0
     ap = average_precision_score(y[:, positives], logits[:, positives], average=None) if positives.any() else np.array([])
-    return float(100 * np.sum(ap) / (len(positives) if absent == 'zero' else max(1, positives.sum()))) if positives.any() else float('nan')
+    return (
+        float(100 * np.sum(ap) / (len(positives) if absent == 'zero' else max(1, positives.sum())))
+        if positives.any()
+        else float('nan')
+    )
 
 def score(
     logits: torch.Tensor,  # [n, c]

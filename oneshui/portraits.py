@@ -60,14 +60,17 @@ def draw_person(
     p['cut'] = float(r.choice(cuts, p=[.22, .38, .25, .15] if male else [.1, .15, .27, .33, .15]))
     if male and grown and B(.2 if old else .07): p['cut'] = 0.
     if kids and years < 5: p['cut'] = float(r.choice([0, 1]))
-    wave = U(); p['wavy'] = float(wave < .4 or p['cut'] == 4); p['straight'] = float(wave > .6 and p['cut'] != 4)
+    wave = U()
+    p['wavy'] = float(wave < .4 or p['cut'] == 4)
+    p['straight'] = float(wave > .6 and p['cut'] != 4)
     p['receding'] = B((.35 if old else .1) if male else .03) * grown
     beard = U()
     on = float(bool(male and grown))
     p.update(shadow=on * (beard < .22), goatee=on * (.22 <= beard < .38), moustache=on * (.32 <= beard < .52), beard=on * (beard > .86),
              sideburns=on * B(.22))
     for k in range(3):
-        p[f'mole{k}_x'], p[f'mole{k}_y'] = U(-.34, .34), U(-.42, .28); p[f'mole{k}'] = float(U(.018, .034) if r.random() < .45 else 0)
+        p[f'mole{k}_x'], p[f'mole{k}_y'] = U(-.34, .34), U(-.42, .28)
+        p[f'mole{k}'] = float(U(.018, .034) if r.random() < .45 else 0)
     habit = lambda often, rare, share: float(often if r.random() < share else rare)
     p.update(p_blurry=.01 if kids else .05, p_glasses=habit(.9, .04, .2) * (years > 6), frame=U(), p_hat=.07, p_smile=U(.25, .8), p_bangs=habit(.9, .04, .22),
              p_makeup=(1 - male) * grown * habit(.9, .08, .4), p_lipstick=(1 - male) * grown * habit(.9, .12, .5),
@@ -82,12 +85,15 @@ def draw_photo(
     person: dict, # their latent: how often they smile, wear glasses, …
 ) -> dict:        # photo latent: name -> float
     "The image latent: what one portrait has for itself."
-    r = np.random.default_rng([seed, 13, index, number]); U, N = r.uniform, lambda: float(np.clip(r.normal(), -2, 2))
+    r = np.random.default_rng([seed, 13, index, number])
+    U, N = r.uniform, lambda: float(np.clip(r.normal(), -2, 2))
     on = lambda p: float(r.random() < p)
     q = dict(dx=.04 * N(), dy=.03 * N(), roll=5 * N(), zoom=float(np.exp(.05 * N())), yaw=.4 * N(), pitch=.3 * N(), gaze=N(),
              light=.5 * N(), exposure=float(np.exp(.09 * N())), warmth=.04 * N(), noise=U(.004, .02),
              wall=U(), wall2=U(), wall_light=U(.55, .95), shirt=U(), shirt_light=U(.25, .9), hat_hue=U(), decor=float(r.integers(4)))
-    q['smile'] = on(person['p_smile']); q['open'] = on(.65 if q['smile'] else .25); q['bangs'] = on(person['p_bangs']) * (person['cut'] > 1) * (1 - person['receding'])
+    q['smile'] = on(person['p_smile'])
+    q['open'] = on(.65 if q['smile'] else .25)
+    q['bangs'] = on(person['p_bangs']) * (person['cut'] > 1) * (1 - person['receding'])
     q['amount'] = float(U(.7, 1.1) if q['smile'] else U(-.4, .1))
     for k in 'glasses hat makeup lipstick earrings necklace tie'.split(): q[k] = on(person['p_' + k])
     q['blurry'] = on(person['p_blurry'])
@@ -119,7 +125,9 @@ class Canvas:
 
     def line(self, xy, colour, width, alpha=1., clip=None):
         "Stroke a polyline; `width` in picture units (2 = the whole picture)."
-        self.gc.set_linewidth(width * self.size / 2); self.gc.set_alpha(float(alpha)); self.gc.set_capstyle('round')
+        self.gc.set_linewidth(width * self.size / 2)
+        self.gc.set_alpha(float(alpha))
+        self.gc.set_capstyle('round')
         self.gc.set_foreground(tuple(np.clip(colour, 0, 1))); self._clip(clip)
         self.agg.draw_path(self.gc, MPath(xy), self.frame, None)
 
@@ -134,7 +142,8 @@ def oval(x, y, rx, ry, turn=0.):
 
 def arc(x0, x1, y, bend, n=15):
     "A parabola from (x0, y) to (x1, y) whose middle is `bend` higher."
-    t = np.linspace(-1, 1, n); return np.stack([(x0 + x1) / 2 + t * (x1 - x0) / 2, y + bend * (1 - t ** 2)], 1)
+    t = np.linspace(-1, 1, n)
+    return np.stack([(x0 + x1) / 2 + t * (x1 - x0) / 2, y + bend * (1 - t ** 2)], 1)
 
 def hsv(h, s, v):
     "A colour from hue, saturation and value, each in [0, 1]."
@@ -153,7 +162,14 @@ def geometry(
     "Derive what the parts of a face have in common: outline, positions of the features, colours, age cues."
     ramp = lambda a, b: float(np.clip((p['years'] - a) / (b - a), 0, 1))
     child = 1 - ramp(3, 19) ** 1.4
-    g = dict(child=child, fold=ramp(28, 48), lines=ramp(42, 60), crow=ramp(52, 66), jowl=ramp(62, 74), teen=float(13 <= p['years'] <= 19))
+    g = dict(
+        child=child,
+        fold=ramp(28, 48),
+        lines=ramp(42, 60),
+        crow=ramp(52, 66),
+        jowl=ramp(62, 74),
+        teen=float(13 <= p['years'] <= 19),
+    )
     i = p['skin'] * 4.999; k = int(i)
     skin = SKIN[k] * (1 - (i - k)) + SKIN[k + 1] * (i - k)
     g['skin'] = np.clip(skin * (1 + .025 * p['undertone'] * np.array([1, 0, -1])), 0, 1)
@@ -189,13 +205,15 @@ def _room(c, q):
     pale = np.clip(a * 1.15, 0, 1)
     if q['decor'] == 1: c.fill(oval(.1, .1, .86, .86), pale, .45)
     if q['decor'] == 2: [c.line([[x, -1], [x + .25, 1]], pale, .07, .35) for x in np.arange(-1.2, 1.2, .4)]
-    if q['decor'] == 3: [c.fill(oval(x, y, .12, .12), pale, .4) for x, y in [(-.8, .7), (.75, .8), (-.85, -.1), (.85, .1), (.0, .95)]]
+    if q['decor'] == 3:
+        [c.fill(oval(x, y, .12, .12), pale, .4) for x, y in [(-.8, .7), (.75, .8), (-.85, -.1), (.85, .1), (.0, .95)]]
 
 def _hair_back(c, p, q, g):
     cut, w, dark = CUTS[int(p['cut'])], g['w'], g['hair'] * .74
     full = w + .06 + .05 * p['volume']
     if cut == 'curls':
-        for t in np.linspace(-.35, np.pi + .35, 13): c.fill(oval(full * .97 * np.cos(t), .14 + .52 * np.sin(t), .17, .17), dark)
+        for t in np.linspace(-.35, np.pi + .35, 13):
+            c.fill(oval(full * .97 * np.cos(t), .14 + .52 * np.sin(t), .17, .17), dark)
     if cut in ('bob', 'long'):
         low = -.42 if cut == 'bob' else -1.02
         side = np.linspace(.25, low, 12); wave = (.028 * np.sin(side * 17) if p['wavy'] else 0 * side)
@@ -203,18 +221,24 @@ def _hair_back(c, p, q, g):
         crown = oval(0, .14, full + .02, .56)[:21]
         xy = np.concatenate([crown, np.stack([-flare - wave, side], 1), np.stack([flare + wave, side], 1)[::-1]])
         c.fill(xy, dark)
-    if cut == 'bun': c.fill(_ripple(oval(.02, .80, .21, .19), p), g['hair'] * .85); c.line(arc(-.12, .15, .66, -.03), g['hair'] * .6, .02)
+    if cut == 'bun':
+        c.fill(_ripple(oval(.02, .80, .21, .19), p), g['hair'] * .85)
+        c.line(arc(-.12, .15, .66, -.03), g['hair'] * .6, .02)
 
 def _body(c, p, q, g):
     w, skin = g['w'], g['skin']
-    shirt = hsv(q['shirt'], .55, q['shirt_light']); wide = .78 + .12 * p['male'] + .05 * p['chubby'] - .22 * g['child']
+    shirt = hsv(q['shirt'], .55, q['shirt_light'])
+    wide = .78 + .12 * p['male'] + .05 * p['chubby'] - .22 * g['child']
     neck = (.19 + .05 * p['male'] + .03 * p['chubby']) * (1 - .25 * g['child'])
-    c.fill(oval(0, -1.42, wide, .58), shirt); c.line(oval(0, -1.42, wide - .1, .5)[3:18], shirt * .8, .012, .6)
+    c.fill(oval(0, -1.42, wide, .58), shirt)
+    c.line(oval(0, -1.42, wide - .1, .5)[3:18], shirt * .8, .012, .6)
     c.fill([[-neck, -.3], [neck, -.3], [neck + .05, -.86], [0, -1.0], [-neck - .05, -.86]], skin * .84)
     if p['dress'] >= 0: _dress(c, int(p['dress']), q, shirt, oval(0, -1.42, wide, .58))
     elif q['tie']:
-        for s in (-1, 1): c.fill([[0, -.93], [s * .3, -.80], [s * .34, -.95], [s * .1, -1.12]], (.97, .97, .95))
-        tie = hsv(q['hat_hue'], .75, .62); c.fill([[-.07, -.90], [.07, -.90], [.05, -1.0], [-.05, -1.0]], tie * .85)
+        for s in (-1, 1):
+            c.fill([[0, -.93], [s * .3, -.80], [s * .34, -.95], [s * .1, -1.12]], (.97, .97, .95))
+        tie = hsv(q['hat_hue'], .75, .62)
+        c.fill([[-.07, -.90], [.07, -.90], [.05, -1.0], [-.05, -1.0]], tie * .85)
         c.fill([[-.05, -1.0], [.05, -1.0], [.12, -1.3], [-.12, -1.3]], tie)
     elif q['necklace']:
         string = arc(-.25, .25, -.80, -.2, 11); c.line(string, (.93, .78, .30), .018)
@@ -228,130 +252,246 @@ def _dress(c, style, q, shirt, torso):
     elif style == 1:                                                   # stripes
         for y in (-.95, -1.08, -1.21): c.line(arc(-.8, .8, y - .1, .1), (1, 1, 1), .055, clip=torso)
     elif style == 2:                                                   # hood and strings
-        c.line(arc(-.42, .42, -.80, -.22), dark, .17); c.line([[-.10, -1.0], [-.12, -1.25]], (1, 1, 1), .03); c.line([[.10, -1.0], [.12, -1.25]], (1, 1, 1), .03)
+        c.line(arc(-.42, .42, -.80, -.22), dark, .17)
+        c.line([[-.10, -1.0], [-.12, -1.25]], (1, 1, 1), .03)
+        c.line([[.10, -1.0], [.12, -1.25]], (1, 1, 1), .03)
     elif style == 3:                                                   # open denim jacket
-        c.fill(torso, (.25, .38, .60)); c.fill([[-.22, -.82], [.22, -.82], [.30, -1.5], [-.30, -1.5]], (.98, .98, .98), clip=torso)
+        c.fill(torso, (.25, .38, .60))
+        c.fill([[-.22, -.82], [.22, -.82], [.30, -1.5], [-.30, -1.5]], (.98, .98, .98), clip=torso)
     elif style == 4:                                                   # dark blazer, white shirt, tie
-        c.fill(torso, (.13, .14, .18)); c.fill([[-.24, -.84], [.24, -.84], [0, -1.35]], (.98, .98, .98), clip=torso); c.fill([[-.06, -.92], [.06, -.92], [.07, -1.3], [-.07, -1.3]], other)
+        c.fill(torso, (.13, .14, .18))
+        c.fill([[-.24, -.84], [.24, -.84], [0, -1.35]], (.98, .98, .98), clip=torso)
+        c.fill([[-.06, -.92], [.06, -.92], [.07, -1.3], [-.07, -1.3]], other)
     elif style == 5:                                                   # argyle sweater
-        for x in (-.5, -.25, 0, .25, .5): c.fill([[x - .11, -1.08], [x, -.95], [x + .11, -1.08], [x, -1.21]], light if round(x * 4) % 2 else dark, clip=torso)
+        for x in (-.5, -.25, 0, .25, .5):
+            c.fill([[x - .11, -1.08], [x, -.95], [x + .11, -1.08], [x, -1.21]], light if round(x * 4) % 2 else dark, clip=torso)
     elif style == 6:                                                   # cardigan with buttons
         c.fill(torso, (.55, .40, .28)); c.line([[0, -.88], [0, -1.4]], (.3, .2, .14), .03)
         for y in (-.98, -1.08, -1.18): c.fill(oval(.07, y, .03, .03), (.98, .93, .75))
         for s in (-1, 1): c.line([[s * .24, -.82], [s * .05, -1.0]], (.98, .93, .75), .06)
     else:                                                              # shawl
-        c.fill([[-.75, -1.2], [-.30, -.76], [.30, -.76], [.75, -1.2], [0, -1.10]], (.86, .80, .90)); c.line([[-.75, -1.2], [0, -1.10], [.75, -1.2]], (.55, .40, .62), .05); c.fill(oval(0, -1.0, .06, .06), (.9, .75, .2))
+        c.fill([[-.75, -1.2], [-.30, -.76], [.30, -.76], [.75, -1.2], [0, -1.10]], (.86, .80, .90))
+        c.line([[-.75, -1.2], [0, -1.10], [.75, -1.2]], (.55, .40, .62), .05)
+        c.fill(oval(0, -1.0, .06, .06), (.9, .75, .2))
 
 def _head(c, p, q, g):
     skin, w, face = g['skin'], g['w'], g['face']
     size = 1 + .12 * p['ears'] + .15 * g['child']
     for s in (-1, 1):
         x = s * (w + .015) - .04 * q['yaw']
-        c.fill(oval(x, g['eye_y'] - .07, .075 * size, .125 * size), skin * .93); c.fill(oval(x, g['eye_y'] - .08, .038 * size, .07 * size), skin * .78)
-        if q['earrings']: c.fill(oval(x + s * .02, g['eye_y'] - .24, .042, .048), (.98, .82, .25)); c.fill(oval(x + s * .01, g['eye_y'] - .23, .014, .016), (1, .97, .8))
-    if p['double_chin']: c.fill(oval(0, -g['chin'] + .04, w * .70, .145), skin * .88); c.line(arc(-w * .5, w * .5, -g['chin'] + .02, -.11), skin * .66, .014)
+        c.fill(oval(x, g['eye_y'] - .07, .075 * size, .125 * size), skin * .93)
+        c.fill(oval(x, g['eye_y'] - .08, .038 * size, .07 * size), skin * .78)
+        if q['earrings']:
+            c.fill(oval(x + s * .02, g['eye_y'] - .24, .042, .048), (.98, .82, .25))
+            c.fill(oval(x + s * .01, g['eye_y'] - .23, .014, .016), (1, .97, .8))
+    if p['double_chin']:
+        c.fill(oval(0, -g['chin'] + .04, w * .70, .145), skin * .88)
+        c.line(arc(-w * .5, w * .5, -g['chin'] + .02, -.11), skin * .66, .014)
     c.fill(face, skin)
-    for k in range(4): c.fill(oval(w * (.92 + .1 * k) * np.sign(q['light'] + 1e-9), -.1, w * .55, .8), skin * .8, .10, clip=face)
+    for k in range(4):
+        c.fill(oval(w * (.92 + .1 * k) * np.sign(q['light'] + 1e-9), -.1, w * .55, .8), skin * .8, .10, clip=face)
     if p['cheekbones']:
         for s in (-1, 1):
-            c.fill([[s * w * .98, -.06 + g['fy']], [g['fx'] + s * .20, -.20 + g['fy']], [s * w * .66, -.40], [s * w * .95, -.28]], skin * .74, .55, clip=face)
+            c.fill(
+                [
+                    [s * w * 0.98, -0.06 + g['fy']],
+                    [g['fx'] + s * 0.20, -0.20 + g['fy']],
+                    [s * w * 0.66, -0.40],
+                    [s * w * 0.95, -0.28],
+                ],
+                skin * 0.74,
+                0.55,
+                clip=face,
+            )
             c.fill(oval(g['fx'] + s * .28, -.05 + g['fy'], .085, .03, -s * .3), np.clip(skin * 1.2, 0, 1), .7, clip=face)
     blush = .55 * p['rosy'] + .2 * q['makeup'] + .35 * (g['child'] > .7)
     for s in (-1, 1):
-        for r in (1, .75, .5): c.fill(oval(g['fx'] + s * .27, -.16 + g['fy'], .115 * r, .085 * r), (.93, .36, .36), min(blush, .8) * .35, clip=face)
+        for r in (1, .75, .5):
+            c.fill(oval(g['fx'] + s * .27, -.16 + g['fy'], .115 * r, .085 * r), (.93, .36, .36), min(blush, .8) * .35, clip=face)
     c.line(face, skin * .72, .012, .8)
 
 def _marks(c, p, q, g):
     skin, face, fx, fy = g['skin'], g['face'], g['fx'], g['fy']; dark = skin * .62
     r = np.random.default_rng(int(1e6 * (p['part'] + 1)))
     if p['freckles']:
-        for x, y in r.normal(0, 1, (14, 2)): c.fill(oval(fx + np.sign(x) * .2 + .07 * x, -.12 + fy + .05 * y, .012, .012), skin * .66, p['freckles'], clip=face)
+        for x, y in r.normal(0, 1, (14, 2)):
+            c.fill(oval(fx + np.sign(x) * .2 + .07 * x, -.12 + fy + .05 * y, .012, .012), skin * .66, p['freckles'], clip=face)
     if g['teen']:
-        for x, y in r.uniform(-1, 1, (11, 2)): c.fill(oval(fx + .33 * x, -.20 + .28 * y + .40 * (y > .3), .021, .021), (.86, .30, .26), .8, clip=face)
+        for x, y in r.uniform(-1, 1, (11, 2)):
+            c.fill(oval(fx + .33 * x, -.20 + .28 * y + .40 * (y > .3), .021, .021), (.86, .30, .26), .8, clip=face)
     for k in range(3):
-        if p[f'mole{k}']: c.fill(oval(fx + p[f'mole{k}_x'], fy + p[f'mole{k}_y'], p[f'mole{k}'], p[f'mole{k}']), skin * .34, 1, clip=face)
-    if p['scar'] < 1: c.line([[fx + p['scar'], -.02 + fy], [fx + p['scar'] + .07, -.26 + fy]], np.clip(skin * 1.18, 0, 1), .022, .9, clip=face); c.line([[fx + p['scar'] + .014, -.02 + fy], [fx + p['scar'] + .084, -.26 + fy]], dark, .008, .8, clip=face)
+        if p[f'mole{k}']:
+            c.fill(oval(fx + p[f'mole{k}_x'], fy + p[f'mole{k}_y'], p[f'mole{k}'], p[f'mole{k}']), skin * .34, 1, clip=face)
+    if p['scar'] < 1:
+        c.line([[fx + p['scar'], -.02 + fy], [fx + p['scar'] + .07, -.26 + fy]], np.clip(skin * 1.18, 0, 1), .022, .9, clip=face)
+        c.line([[fx + p['scar'] + .014, -.02 + fy], [fx + p['scar'] + .084, -.26 + fy]], dark, .008, .8, clip=face)
     if g['fold']:
-        for s in (-1, 1): c.line([[fx + s * .12, -.17 + fy], [fx + s * .19, -.25 + fy], [fx + s * .22, -.36 + fy]], dark, .012 + .01 * g['fold'], .25 + .65 * g['fold'], clip=face)
-    for k in range(int(round(3 * g['lines']))): c.line(arc(fx - .22, fx + .22, .36 + fy + .075 * k, .02), dark, .014, .9, clip=face)
+        for s in (-1, 1):
+            c.line(
+                [[fx + s * 0.12, -0.17 + fy], [fx + s * 0.19, -0.25 + fy], [fx + s * 0.22, -0.36 + fy]],
+                dark,
+                0.012 + 0.01 * g['fold'],
+                0.25 + 0.65 * g['fold'],
+                clip=face,
+            )
+    for k in range(int(round(3 * g['lines']))):
+        c.line(arc(fx - .22, fx + .22, .36 + fy + .075 * k, .02), dark, .014, .9, clip=face)
     if g['crow']:
         for s in (-1, 1):
-            for k in (-1, 0, 1): c.line([[fx + s * (g['eye_x'] + .13), g['eye_y'] + .012 * k], [fx + s * (g['eye_x'] + .20), g['eye_y'] + .045 * k]], dark, .011, g['crow'], clip=face)
+            for k in (-1, 0, 1):
+                c.line(
+                    [
+                        [fx + s * (g['eye_x'] + 0.13), g['eye_y'] + 0.012 * k],
+                        [fx + s * (g['eye_x'] + 0.20), g['eye_y'] + 0.045 * k],
+                    ],
+                    dark,
+                    0.011,
+                    g['crow'],
+                    clip=face,
+                )
     if g['jowl']:
         for s in (-1, 1):
             c.line([[fx + s * .25, -.38 + fy], [fx + s * .27, -.48], [fx + s * .20, -.56]], dark, .018, g['jowl'], clip=face)
-            c.fill(oval(s * .30, .38 + .05 * s, .03, .022), skin * .7, .8 * g['jowl'], clip=face); c.fill(oval(-.33 * s, -.07 + .07 * s, .024, .02), skin * .7, .8 * g['jowl'], clip=face)
+            c.fill(oval(s * .30, .38 + .05 * s, .03, .022), skin * .7, .8 * g['jowl'], clip=face)
+            c.fill(oval(-.33 * s, -.07 + .07 * s, .024, .02), skin * .7, .8 * g['jowl'], clip=face)
 
 def _beard(c, p, q, g):
     hair, w, face, fx, my = g['hair'] * .85, g['w'], g['face'], g['fx'], g['mouth_y']
     low = np.concatenate([face[20:41], [[w * .72, -.02], [w * .62, -.22], [fx + .16, my + .06], [fx, my + .085], [fx - .16, my + .06], [-w * .62, -.22], [-w * .72, -.02]]])
     if p['shadow']: c.fill(low, hair * .6, .30, clip=face)
-    if p['beard']: c.fill(low, hair, .96, clip=face); c.line(arc(-.2, .2, -g['chin'] + .1, -.04), hair * .75, .02, .7)
+    if p['beard']:
+        c.fill(low, hair, .96, clip=face)
+        c.line(arc(-.2, .2, -g['chin'] + .1, -.04), hair * .75, .02, .7)
     if p['sideburns'] or p['beard']:
-        for s in (-1, 1): c.fill([[s * w, .14], [s * w * .80, .12], [s * w * .76, -.20], [s * w, -.24]], hair, 1, clip=face)
-    if p['goatee']: c.fill(oval(fx * .8, my - .205, .14, .12), hair, 1, clip=face); c.line([[fx - .17, my + .03], [fx - .17, my - .12], [fx - .1, my - .2]], hair, .045, clip=face); c.line([[fx + .17, my + .03], [fx + .17, my - .12], [fx + .1, my - .2]], hair, .045, clip=face)
+        for s in (-1, 1):
+            c.fill([[s * w, .14], [s * w * .80, .12], [s * w * .76, -.20], [s * w, -.24]], hair, 1, clip=face)
+    if p['goatee']:
+        c.fill(oval(fx * .8, my - .205, .14, .12), hair, 1, clip=face)
+        c.line([[fx - .17, my + .03], [fx - .17, my - .12], [fx - .1, my - .2]], hair, .045, clip=face)
+        c.line([[fx + .17, my + .03], [fx + .17, my - .12], [fx + .1, my - .2]], hair, .045, clip=face)
     if p['moustache'] or p['beard']:
-        for s in (-1, 1): c.fill([[fx, my + .10], [fx + s * .10, my + .105], [fx + s * .20, my + .03], [fx + s * .11, my + .055], [fx, my + .055]], hair * .92)
+        for s in (-1, 1):
+            c.fill(
+                [
+                    [fx, my + 0.10],
+                    [fx + s * 0.10, my + 0.105],
+                    [fx + s * 0.20, my + 0.03],
+                    [fx + s * 0.11, my + 0.055],
+                    [fx, my + 0.055],
+                ],
+                hair * 0.92,
+            )
 
 def _eyes(c, p, q, g):
     skin = g['skin']
     for s in (-1, 1):
         x, y = g['fx'] + s * g['eye_x'] * (1 - .12 * s * q['yaw']), g['eye_y']
         rx = (.092 + .006 * p['eye_size']) * (1 + .28 * g['child'] - .06 * g['crow'])
-        ry = (.060 + .005 * p['eye_size']) * (1 - .48 * p['narrow']) * (1 + .36 * g['child'] - .2 * g['jowl']) * (1 - .1 * q['smile'])
+        ry = (
+            (0.060 + 0.005 * p['eye_size'])
+            * (1 - 0.48 * p['narrow'])
+            * (1 + 0.36 * g['child'] - 0.2 * g['jowl'])
+            * (1 - 0.1 * q['smile'])
+        )
         turn = s * (.06 + .05 * p['eye_tilt'])
         c.fill(oval(x, y, rx * 1.35, ry * 1.7), skin * .88, .5)
-        if q['makeup']: c.fill(oval(x, y + .05, rx * 1.2, .06, turn), hsv(.78 + .1 * p['lip_hue'], .45, .62), .8)
-        if p['bags']: c.fill(oval(x, y - ry - .035, rx * .95, .034), skin * .66, .75); c.line(arc(x - rx * .9, x + rx * .9, y - ry - .025, -.045), skin * .5, .013)
+        if q['makeup']:
+            c.fill(oval(x, y + .05, rx * 1.2, .06, turn), hsv(.78 + .1 * p['lip_hue'], .45, .62), .8)
+        if p['bags']:
+            c.fill(oval(x, y - ry - .035, rx * .95, .034), skin * .66, .75)
+            c.line(arc(x - rx * .9, x + rx * .9, y - ry - .025, -.045), skin * .5, .013)
         eye = oval(x, y, rx, ry, turn); c.fill(eye, (.98, .97, .95))
         ix, r = x + .016 * q['gaze'], .052 * (1 + .2 * g['child'])
-        c.fill(oval(ix, y, r, r), IRIS[int(p['iris'])], clip=eye); c.fill(oval(ix, y, r * .5, r * .5), (.03, .03, .04), clip=eye)
+        c.fill(oval(ix, y, r, r), IRIS[int(p['iris'])], clip=eye)
+        c.fill(oval(ix, y, r * .5, r * .5), (.03, .03, .04), clip=eye)
         c.fill(oval(ix + .018, y + .02, .014, .014), (1, 1, 1), clip=eye)
         c.line(eye[1:20], (.14, .09, .08), .016 + .018 * q['makeup'])
-        if q['makeup']: c.line([[x + s * rx * .8, y + ry * .5], [x + s * rx * 1.25, y + ry * 1.3]], (.1, .06, .06), .02)
-        by = y + .145 + .010 * p['brow_y'] + .03 * p['arched']; thick = (.017 + .024 * p['bushy']) * (1 - .5 * g['child'])
+        if q['makeup']:
+            c.line([[x + s * rx * .8, y + ry * .5], [x + s * rx * 1.25, y + ry * 1.3]], (.1, .06, .06), .02)
+        by = y + .145 + .010 * p['brow_y'] + .03 * p['arched']
+        thick = (.017 + .024 * p['bushy']) * (1 - .5 * g['child'])
         bend = .012 + .055 * p['arched']; t = np.linspace(-1, 1, 9); slope = .014 * p['brow_tilt'] * s * t
-        up = np.stack([x + .125 * t, by + bend * (1 - t ** 2) + slope + thick], 1); down = np.stack([x + .125 * t, by + bend * (1 - t ** 2) + slope - thick * .6], 1)
+        up = np.stack([x + .125 * t, by + bend * (1 - t ** 2) + slope + thick], 1)
+        down = np.stack([x + .125 * t, by + bend * (1 - t ** 2) + slope - thick * .6], 1)
         c.fill(np.concatenate([up, down[::-1]]), g['hair'] * .62, .95)
 
 def _nose(c, p, q, g):
     skin, fx, fy = g['skin'], g['fx'] * 1.35, g['fy']
-    wide = (.068 + .008 * p['nose_wide'] + .042 * p['big_nose']) * (1 - .3 * g['child']); tip = -.155 - .014 * p['nose_len'] - .02 * p['big_nose'] + fy + .03 * g['child']
+    wide = (.068 + .008 * p['nose_wide'] + .042 * p['big_nose']) * (1 - .3 * g['child'])
+    tip = -.155 - .014 * p['nose_len'] - .02 * p['big_nose'] + fy + .03 * g['child']
     side = 1 if q['light'] < 0 else -1
-    c.fill([[fx, g['eye_y'] + .04], [fx + side * .035, g['eye_y'] - .02], [fx + side * wide, tip + .01], [fx, tip + .03]], skin * .82, .6)
+    c.fill(
+        [
+            [fx, g['eye_y'] + 0.04],
+            [fx + side * 0.035, g['eye_y'] - 0.02],
+            [fx + side * wide, tip + 0.01],
+            [fx, tip + 0.03],
+        ],
+        skin * 0.82,
+        0.6,
+    )
     if p['pointy']:
-        c.fill([[fx - wide * .8, tip + .025], [fx, tip + .09], [fx + wide * .8, tip + .025], [fx, tip - .075]], skin * .80); c.line([[fx - wide * .75, tip + .015], [fx, tip - .075], [fx + wide * .75, tip + .015]], skin * .52, .016)
-    else: c.fill(oval(fx, tip, wide, .045 + .014 * p['big_nose']), skin * .93); c.line(arc(fx - wide, fx + wide, tip, -.05 - .01 * p['big_nose']), skin * .58, .015)
+        c.fill([[fx - wide * .8, tip + .025], [fx, tip + .09], [fx + wide * .8, tip + .025], [fx, tip - .075]], skin * .80)
+        c.line([[fx - wide * .75, tip + .015], [fx, tip - .075], [fx + wide * .75, tip + .015]], skin * .52, .016)
+    else:
+        c.fill(oval(fx, tip, wide, .045 + .014 * p['big_nose']), skin * .93)
+        c.line(arc(fx - wide, fx + wide, tip, -.05 - .01 * p['big_nose']), skin * .58, .015)
     for s in (-1, 1): c.fill(oval(fx + s * wide * .5, tip - .028, wide * .2, .011), skin * .38)
 
 def _mouth(c, p, q, g):
-    skin, x, y = g['skin'], g['fx'], g['mouth_y']; half = (.150 + .012 * p['mouth_w']) * (1 + .16 * q['smile']) * (1 - .15 * g['child'])
+    skin, x, y = g['skin'], g['fx'], g['mouth_y']
+    half = (.150 + .012 * p['mouth_w']) * (1 + .16 * q['smile']) * (1 - .15 * g['child'])
     lip = hsv(.97 + .03 * p['lip_hue'], .78, .75) if q['lipstick'] else skin * np.array([.86, .60, .58])
-    thick = (.024 + .022 * p['big_lips']) * (1 - .4 * g['jowl']); gape = .075 * q['open']; curl = -.075 * q['amount']
+    thick = (.024 + .022 * p['big_lips']) * (1 - .4 * g['jowl'])
+    gape = .075 * q['open']
+    curl = -.075 * q['amount']
     mid = arc(x - half, x + half, y - curl * .5, curl, 17); t = 1 - np.linspace(-1, 1, 17) ** 2
-    up = mid + np.stack([0 * t, (thick * (1 - .25 * np.exp(-40 * (t - 1) ** 2)) + gape * .3) * t], 1); down = mid - np.stack([0 * t, (thick * 1.35 + gape * .7) * t], 1)
+    up = mid + np.stack([0 * t, (thick * (1 - .25 * np.exp(-40 * (t - 1) ** 2)) + gape * .3) * t], 1)
+    down = mid - np.stack([0 * t, (thick * 1.35 + gape * .7) * t], 1)
     c.fill(np.concatenate([up, down[::-1]]), lip)
     if q['open']:
-        a, b = mid + np.stack([0 * t, gape * .35 * t], 1), mid - np.stack([0 * t, gape * .75 * t], 1); inside = np.concatenate([a, b[::-1]])
+        a, b = mid + np.stack([0 * t, gape * .35 * t], 1), mid - np.stack([0 * t, gape * .75 * t], 1)
+        inside = np.concatenate([a, b[::-1]])
         c.fill(inside, (.36, .07, .08))
         b = mid - np.stack([0 * t, gape * .08 * t], 1); c.fill(np.concatenate([a, b[::-1]]), (.99, .98, .95))
-        if 6.5 < p['years'] < 13: c.fill(oval(x + .012, y - .5 * curl + curl + .012, .022, .03), (.25, .05, .06), clip=inside)   # a milk tooth is missing
-        if g['teen']: c.line(mid[4:13] + [0, gape * .12], (.45, .55, .75), .014)                                              # braces
+        if 6.5 < p['years'] < 13:
+            # a milk tooth is missing
+            c.fill(oval(x + .012, y - .5 * curl + curl + .012, .022, .03), (.25, .05, .06), clip=inside)
+        if g['teen']:
+            c.line(mid[4:13] + [0, gape * .12], (.45, .55, .75), .014)                                              # braces
     else: c.line(mid, lip * .55, .014)
     if q['smile']:
-        for s in (-1, 1): c.line([[x + s * (half + .025), y + .075], [x + s * (half + .045), y + .03], [x + s * (half + .03), y - .01]], skin * .66, .014)
+        for s in (-1, 1):
+            c.line(
+                [
+                    [x + s * (half + 0.025), y + 0.075],
+                    [x + s * (half + 0.045), y + 0.03],
+                    [x + s * (half + 0.03), y - 0.01],
+                ],
+                skin * 0.66,
+                0.014,
+            )
 
 def _hair_front(c, p, q, g):
     cut, w, hair = CUTS[int(p['cut'])], g['w'], g['hair']
     if cut == 'bald':
         c.fill(oval(-.12 * np.sign(q['light']), .46, .13, .07, .3), (1, 1, 1), .28); return
     lift = dict(buzz=.025, parted=.075, quiff=.13, curls=.12, bob=.08, long=.07, bun=.05)[cut] + .03 * p['volume']
-    wide = w + (.012 if cut in ('buzz', 'bun') else .045); low = dict(buzz=.16, parted=.10, quiff=.14, curls=.10, bob=-.20, long=-.30, bun=.16)[cut]
-    t = np.linspace(0, np.pi, 25); outer = np.stack([wide * np.cos(t), .10 + (g['top'] - .10 + lift) * np.sin(t)], 1)
+    wide = w + (.012 if cut in ('buzz', 'bun') else .045)
+    low = dict(buzz=.16, parted=.10, quiff=.14, curls=.10, bob=-.20, long=-.30, bun=.16)[cut]
+    t = np.linspace(0, np.pi, 25)
+    outer = np.stack([wide * np.cos(t), .10 + (g['top'] - .10 + lift) * np.sin(t)], 1)
     outer = _ripple(outer, p, .022)
     if cut == 'quiff': outer[:, 1] += .07 * np.exp(-((outer[:, 0] - .25 * np.sign(p['part'])) / .2) ** 2)
     u = np.linspace(-1, 1, 21); x = u * w * .90
-    line = .40 - .02 * p['aspect'] + .10 * g['child'] - .10 * np.abs(u - p['part'] * (cut == 'parted')) ** 2 + .13 * p['receding'] * np.exp(-((np.abs(u) - .55) / .25) ** 2) + .05 * p['receding']
+    line = (
+        0.40
+        - 0.02 * p['aspect']
+        + 0.10 * g['child']
+        - 0.10 * np.abs(u - p['part'] * (cut == 'parted')) ** 2
+        + 0.13 * p['receding'] * np.exp(-(((np.abs(u) - 0.55) / 0.25) ** 2))
+        + 0.05 * p['receding']
+    )
     if q['bangs']: line = .235 + .012 * np.sin(9 * u + 5 * p['part']) + 0 * line
     edge = np.abs(u) > .93; line[edge] = np.minimum(line[edge], low)
     inner = np.stack([x, line], 1)
@@ -359,23 +499,47 @@ def _hair_front(c, p, q, g):
     xy = np.concatenate([outer, locks[0], inner, locks[1]])
     c.fill(xy, hair)
     if cut == 'curls':
-        for k in np.linspace(.2, np.pi - .2, 9): c.fill(oval(wide * .86 * np.cos(k), .13 + .52 * np.sin(k), .115, .10), hair * (1 + .1 * np.cos(7 * k)))
+        for k in np.linspace(.2, np.pi - .2, 9):
+            c.fill(oval(wide * .86 * np.cos(k), .13 + .52 * np.sin(k), .115, .10), hair * (1 + .1 * np.cos(7 * k)))
     for k, v in enumerate(np.linspace(-.8, .8, 7)):
-        wob = .02 * p['wavy'] * np.sin(np.arange(6) * 2.2 + k); yy = np.linspace(.52 + .06 * (1 - v * v), .45 - .14 * abs(v), 6)
-        c.line(np.stack([v * w * np.linspace(.8, 1.0, 6) + wob, yy], 1), hair * (.72 if k % 2 else 1.28) + .02, .014, .55, clip=xy)
+        wob = .02 * p['wavy'] * np.sin(np.arange(6) * 2.2 + k)
+        yy = np.linspace(.52 + .06 * (1 - v * v), .45 - .14 * abs(v), 6)
+        c.line(
+            np.stack([v * w * np.linspace(0.8, 1.0, 6) + wob, yy], 1),
+            hair * (0.72 if k % 2 else 1.28) + 0.02,
+            0.014,
+            0.55,
+            clip=xy,
+        )
     c.line(inner[2:-2], hair * .7, .012, .7)
 
 def _accessories(c, p, q, g):
     if q['glasses']:
         dark = hsv(p['frame'], .65, .32) if p['frame'] > .35 else np.array([.08, .08, .09])
         for s in (-1, 1):
-            x = g['fx'] + s * g['eye_x']; lens = oval(x, g['eye_y'] - .01, .145, .125) if p['frame'] > .5 else np.array([[x - .145, g['eye_y'] + .09], [x + .145, g['eye_y'] + .09], [x + .13, g['eye_y'] - .11], [x - .13, g['eye_y'] - .11], [x - .145, g['eye_y'] + .09]])
-            c.fill(lens, (.85, .93, 1), .22); c.line(lens, dark, .028); c.line([[x + s * .145, g['eye_y'] + .03], [s * (g['w'] + .01), g['eye_y'] + .04]], dark, .024)
+            x = g['fx'] + s * g['eye_x']
+            lens = (
+                oval(x, g['eye_y'] - 0.01, 0.145, 0.125)
+                if p['frame'] > 0.5
+                else np.array(
+                    [
+                        [x - 0.145, g['eye_y'] + 0.09],
+                        [x + 0.145, g['eye_y'] + 0.09],
+                        [x + 0.13, g['eye_y'] - 0.11],
+                        [x - 0.13, g['eye_y'] - 0.11],
+                        [x - 0.145, g['eye_y'] + 0.09],
+                    ]
+                )
+            )
+            c.fill(lens, (.85, .93, 1), .22)
+            c.line(lens, dark, .028)
+            c.line([[x + s * .145, g['eye_y'] + .03], [s * (g['w'] + .01), g['eye_y'] + .04]], dark, .024)
         c.line(arc(g['fx'] - g['eye_x'] + .14, g['fx'] + g['eye_x'] - .14, g['eye_y'] + .02, .02), dark, .024)
     if q['hat']:
         col = hsv(q['hat_hue'], .6, .75); w = g['w'] + .09
         c.fill(np.concatenate([oval(0, .42, w, .50)[:21], [[-w, .38], [w, .38]]]), col)
-        c.fill(oval(.06 * q['yaw'], .40, w + .16, .07), col * .78); c.line(arc(-w, w, .47, -.02), col * .55, .05)
+        c.fill(oval(.06 * q['yaw'], .40, w + .16, .07), col * .78)
+        c.line(arc(-w, w, .47, -.02), col * .55, .05)
 
 # %% ../nbs/api/portraits.ipynb #2fb305af
 def render(
@@ -386,10 +550,20 @@ def render(
     "Draw one portrait. The same latents give the same pixels."
     c, g = Canvas(size), geometry(p, q)
     _room(c, q); c.head(q)
-    for part in (_hair_back, _body, _head, _marks, _beard, _eyes, _nose, _mouth, _hair_front, _accessories): part(c, p, q, g)
+    for part in (_hair_back, _body, _head, _marks, _beard, _eyes, _nose, _mouth, _hair_front, _accessories):
+        part(c, p, q, g)
     img = c.pixels(); x = np.linspace(-1, 1, size, dtype=np.float32)
     img = img * q['exposure'] * (1 + .10 * q['light'] * x[None, :, None]) * (1 + q['warmth'] * np.array([1, 0, -1], np.float32))
-    if q['blurry']: img = np.asarray(Image.fromarray((np.clip(img, 0, 1) * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(.028 * size)), np.float32) / 255
+    if q['blurry']:
+        img = (
+            np.asarray(
+                Image.fromarray((np.clip(img, 0, 1) * 255).astype(np.uint8)).filter(
+                    ImageFilter.GaussianBlur(0.028 * size)
+                ),
+                np.float32,
+            )
+            / 255
+        )
     grain = np.random.default_rng(int(q['wall'] * 2 ** 31)).normal(0, q['noise'], img.shape)
     return (np.clip(img + grain, 0, 1) * 255).round().astype(np.uint8)
 
@@ -400,7 +574,15 @@ def visible_attributes(
 ) -> np.ndarray:  # int8 [40] of 0/1 in the order of `ATTRIBUTES`
     "The attributes that a drawing shows."
     haired = p['cut'] > 0; colour = None if p['grey'] > .5 else HAIR[int(p['hair'])]; young = p['years'] < 45
-    score = .9 * young + .6 * q['makeup'] + .4 * q['smile'] - .6 * p['chubby'] - .4 * p['bags'] + .4 * p['cheekbones'] - .2 * abs(p['eye_gap'])
+    score = (
+        0.9 * young
+        + 0.6 * q['makeup']
+        + 0.4 * q['smile']
+        - 0.6 * p['chubby']
+        - 0.4 * p['bags']
+        + 0.4 * p['cheekbones']
+        - 0.2 * abs(p['eye_gap'])
+    )
     v = {'5_o_Clock_Shadow': p['shadow'], 'Arched_Eyebrows': p['arched'], 'Attractive': score > .8, 'Bags_Under_Eyes': p['bags'], 'Bald': not haired,
          'Bangs': q['bangs'], 'Big_Lips': p['big_lips'], 'Big_Nose': p['big_nose'], 'Black_Hair': haired and colour == 'black',
          'Blond_Hair': haired and colour in ('blond', 'sand'), 'Blurry': q['blurry'], 'Brown_Hair': haired and colour == 'brown', 'Bushy_Eyebrows': p['bushy'],
@@ -446,7 +628,11 @@ def _portrait(args):
 
 def _draw_all(jobs, n_jobs, desc):
     from joblib import Parallel, delayed
-    return list(progress(Parallel(n_jobs, batch_size=32, return_as='generator')(delayed(_portrait)(j) for j in jobs), desc, len(jobs)))
+    return list(
+        progress(
+            Parallel(n_jobs, batch_size=32, return_as='generator')(delayed(_portrait)(j) for j in jobs), desc, len(jobs)
+        )
+    )
 
 def _counts(seed, n, low, high):  # how many portraits each of n people has
     return np.random.default_rng([seed, 1]).integers(low, high + 1, n)
@@ -454,7 +640,8 @@ def _counts(seed, n, low, high):  # how many portraits each of n people has
 def _write_attributes(root, images, names, seed, n, low, high, size, n_jobs, shuffled):
     "Both CelebA layouts: pictures, an identity file and an attribute file."
     (root / images).mkdir(parents=True)
-    who = np.repeat(np.arange(n), _counts(seed, n, low, high)); number = np.concatenate([np.arange(c) for c in _counts(seed, n, low, high)])
+    who = np.repeat(np.arange(n), _counts(seed, n, low, high))
+    number = np.concatenate([np.arange(c) for c in _counts(seed, n, low, high)])
     order = np.random.default_rng([seed, 2]).permutation(len(who)) if shuffled else np.arange(len(who))
     files = [f'{k + 1:06d}.jpg' if shuffled else f'{k}.jpg' for k in range(len(who))]
     jobs = [(str(root / images / f), size, seed, int(who[k]), int(number[k]), None) for f, k in zip(files, order)]
@@ -467,7 +654,9 @@ def _write_attributes(root, images, names, seed, n, low, high, size, n_jobs, shu
 
 def _write_mufac(root, seed, n, low, high, size, n_jobs):
     "MUFAC's layout: three folders and three CSV files, families of three to five, some people in two families."
-    r = np.random.default_rng([seed, 3]); counts = _counts(seed, n, low, high); groups = r.permutation(np.arange(n) % 8)
+    r = np.random.default_rng([seed, 3])
+    counts = _counts(seed, n, low, high)
+    groups = r.permutation(np.arange(n) % 8)
     family, f = np.zeros(n, int), 0
     for start in range(0, n, 4): family[start:start + 4] = f; f += 1
     rows, jobs = [], []
@@ -486,10 +675,13 @@ def _write_mufac(root, seed, n, low, high, size, n_jobs):
         other = f'F{(family[i] + 3) % f:04d}'
         for s, _, _, _, c, name in [x for x in rows if x[1] == i]:
             t, copy = place(), f'{other}_P9_{name}'
-            shutil.copyfile(root / f'{s}_images' / name, root / f'{t}_images' / copy); rows.append((t, -1, other, 'P9', c, copy))
+            shutil.copyfile(root / f'{s}_images' / name, root / f'{t}_images' / copy)
+            rows.append((t, -1, other, 'P9', c, copy))
     for s in ('train', 'val', 'test'):
         with open(root / f'custom_{s}_dataset.csv', 'w', newline='') as out:
-            w = csv.writer(out); w.writerow(['family_id', 'person_id', 'age_class', 'image_path']); w.writerows(x[2:] for x in rows if x[0] == s)
+            w = csv.writer(out)
+            w.writerow(['family_id', 'person_id', 'age_class', 'image_path'])
+            w.writerows(x[2:] for x in rows if x[0] == s)
 
 # %% ../nbs/api/portraits.ipynb #8f3ea217
 def write_portraits(
@@ -509,8 +701,26 @@ def write_portraits(
     with FileLock(str(out) + '.lock'):
         if (out / 'portraits.json').exists(): return out
         tmp = out.with_name(out.name + '.part'); shutil.rmtree(tmp, ignore_errors=True)
-        _write_attributes(tmp / 'CelebAMask-HQ', 'CelebA-HQ-img', ('CelebA-HQ-identity.txt', 'CelebAMask-HQ-attribute-anno.txt'), 3 * seed + 1, *celebahq, size, n_jobs, False)
-        _write_attributes(tmp / 'celeba', 'img_align_celeba', ('identity_CelebA.txt', 'list_attr_celeba.txt'), 3 * seed + 2, *celeba, size, n_jobs, True)
+        _write_attributes(
+            tmp / 'CelebAMask-HQ',
+            'CelebA-HQ-img',
+            ('CelebA-HQ-identity.txt', 'CelebAMask-HQ-attribute-anno.txt'),
+            3 * seed + 1,
+            *celebahq,
+            size,
+            n_jobs,
+            False
+        )
+        _write_attributes(
+            tmp / 'celeba',
+            'img_align_celeba',
+            ('identity_CelebA.txt', 'list_attr_celeba.txt'),
+            3 * seed + 2,
+            *celeba,
+            size,
+            n_jobs,
+            True
+        )
         _write_mufac(tmp / 'mufac', 3 * seed + 3, *mufac, size, n_jobs)
         (tmp / 'portraits.json').write_text(json.dumps(spec, indent=1))
         os.replace(tmp, out)

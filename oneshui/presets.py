@@ -60,7 +60,8 @@ class Preset(Spec):
     def cell(self, dataset: str) -> Cell:
         "A data set's cell (mufac_merged shares mufac's). Raises `KeyError` with the valid names."
         key = 'mufac' if dataset == 'mufac_merged' else dataset
-        if key not in self.cells: raise KeyError(f'preset {self.name} says nothing about data set "{dataset}". Valid: {", ".join(self.cells)}.')
+        if key not in self.cells:
+            raise KeyError(f'preset {self.name} says nothing about data set "{dataset}". Valid: {", ".join(self.cells)}.')
         return self.cells[key]
 
     def recipe(self, dataset: str) -> TrainSpec:
@@ -70,8 +71,14 @@ class Preset(Spec):
     def hyper(self, dataset: str, method: str, n_forget: int) -> dict:
         "A method's hyper-parameters. Raises `KeyError` with what the table holds: nothing falls through to a default."
         table = self.cell(dataset).methods
-        if method not in table: raise KeyError(f'preset {self.name}, {dataset}: no hyper-parameters for method "{method}". Valid: {", ".join(table)}.')
-        if n_forget not in table[method]: raise KeyError(f'preset {self.name}, {dataset}, {method}: no hyper-parameters for N_S = {n_forget}. The table holds N_S = {", ".join(map(str, table[method]))}.')
+        if method not in table:
+            raise KeyError(
+                f'preset {self.name}, {dataset}: no hyper-parameters for method "{method}". Valid: {", ".join(table)}.'
+            )
+        if n_forget not in table[method]:
+            raise KeyError(
+                f'preset {self.name}, {dataset}, {method}: no hyper-parameters for N_S = {n_forget}. The table holds N_S = {", ".join(map(str, table[method]))}.'
+            )
         return table[method][n_forget]
 
 PRESETS = ('smoke', 'mini', 'paper')
@@ -80,8 +87,10 @@ def load_preset(
     name: str,  # smoke | mini | paper, or the path of a .toml file of your own
 ) -> Preset:
     "Read and validate a preset. Raises `ValueError` naming what is wrong."
-    own = str(name).endswith('.toml'); path = Path(name) if own else Path(str(importlib.resources.files('oneshui'))) / 'presets' / f'{name}.toml'
-    if not own and name not in PRESETS: raise ValueError(f'preset "{name}" is unknown. Valid: {", ".join(PRESETS)}, or the path of a .toml file.')
+    own = str(name).endswith('.toml')
+    path = Path(name) if own else Path(str(importlib.resources.files('oneshui'))) / 'presets' / f'{name}.toml'
+    if not own and name not in PRESETS:
+        raise ValueError(f'preset "{name}" is unknown. Valid: {", ".join(PRESETS)}, or the path of a .toml file.')
     if not path.is_file(): raise ValueError(f'{path}: no such preset file.')
     try: return Preset(**tomllib.loads(path.read_text()))
     except (tomllib.TOMLDecodeError, ValidationError, TypeError) as e: raise ValueError(f'{path}: {e}') from e
@@ -90,5 +99,9 @@ def load_preset(
 def hyper_table(preset: Preset) -> 'pandas.DataFrame':
     "All hyper-parameters of a preset, a row a method, a column a cell."
     import pandas as pd
-    rows = {(d, n): {m: ', '.join(f'{k} {v}' for k, v in h[n].items()) for m, h in c.methods.items() if n in h} for d, c in preset.cells.items() for n in c.n_forget}
+    rows = {
+        (d, n): {m: ', '.join(f'{k} {v}' for k, v in h[n].items()) for m, h in c.methods.items() if n in h}
+        for d, c in preset.cells.items()
+        for n in c.n_forget
+    }
     return pd.DataFrame(rows).fillna('')

@@ -37,7 +37,19 @@ def code_version(
 ) -> str:         # 8 hex digits
     "Hash of the source (without comments) that a run of this method executes."
     module = None if method in TRAININGS else inspect.getmodule(get_method(method).unlearn_fn)
-    own = ['baselines', *(m for m in ('metaunlearn',) if any(getattr(v, '__module__', '') == f'oneshui.{m}' for v in vars(module).values())), module.__name__.split('.')[-1]] if module else []
+    own = (
+        [
+            'baselines',
+            *(
+                m
+                for m in ('metaunlearn',)
+                if any(getattr(v, '__module__', '') == f'oneshui.{m}' for v in vars(module).values())
+            ),
+            module.__name__.split('.')[-1],
+        ]
+        if module
+        else []
+    )
     names = [f'oneshui.{m}' for m in _MODULES + own if importlib.util.find_spec(f'oneshui.{m}')]
     src = [ast.dump(ast.parse(Path(importlib.import_module(n).__file__).read_text())) for n in dict.fromkeys(names)]
     src.append(ast.dump(ast.parse(inspect.getsource(loss_mia))))   # the one attack that a run executes
@@ -62,7 +74,8 @@ class RunSpec(Spec):
     def digest(self) -> str: return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
 
     @property
-    def name(self) -> str: return f'{self.dataset}-{self.n_forget}-seed{self.seed}-{self.method}{"-reference" * (self.start == "retrain")}{"-prepared" * self.prepared}-{self.digest}'
+    def name(self) -> str:
+        return f'{self.dataset}-{self.n_forget}-seed{self.seed}-{self.method}{"-reference" * (self.start == "retrain")}{"-prepared" * self.prepared}-{self.digest}'
 
 # %% ../nbs/api/runs.ipynb #df404a8c
 class RunStore:
@@ -77,7 +90,8 @@ class RunStore:
         if dataset not in self._faces: self._faces[dataset] = read_faces(dataset, self.data_dir)
         return self._faces[dataset]
 
-    def pixels(self, dataset: str, size: int) -> Pixels: return Pixels(self.faces(dataset), size, self.root / 'cache')
+    def pixels(self, dataset: str, size: int) -> Pixels:
+        return Pixels(self.faces(dataset), size, self.root / 'cache')
 
     def spec(self,
         preset: Preset, dataset: str,
@@ -91,12 +105,26 @@ class RunStore:
         sizes = tuple(sorted(set(sizes or preset.cell(dataset).n_forget) | {n_forget}))
         if method in TRAININGS: hp = {}
         else:
-            m = get_method(method); hp = dict(preset.hyper(dataset, method, n_forget) if hyper is None else hyper)
+            m = get_method(method)
+            hp = dict(preset.hyper(dataset, method, n_forget) if hyper is None else hyper)
             if 'simulated_size' in m.hyper: hp.setdefault('simulated_size', n_forget)
             m.check(hp)
-        return RunSpec(dataset=dataset, fingerprint=self.faces(dataset).fingerprint, n_forget=n_forget, seed=seed, sizes=sizes, model=preset.model, train=preset.recipe(dataset), method=method, hyper=hp, start=start, code=code_version(method))
+        return RunSpec(
+            dataset=dataset,
+            fingerprint=self.faces(dataset).fingerprint,
+            n_forget=n_forget,
+            seed=seed,
+            sizes=sizes,
+            model=preset.model,
+            train=preset.recipe(dataset),
+            method=method,
+            hyper=hp,
+            start=start,
+            code=code_version(method),
+        )
 
-    def folder(self, s: RunSpec) -> Path: return self.root / (self.pretrain_of(s) if s.method == 'pretrain' else s).name
+    def folder(self, s: RunSpec) -> Path:
+        return self.root / (self.pretrain_of(s) if s.method == 'pretrain' else s).name
 
     def has(self, s: RunSpec) -> bool: return (self.folder(s) / 'metrics.json').exists()
 
@@ -108,16 +136,33 @@ class RunStore:
             with FileLock(self.root / f'.{s.name}.lock'):
                 if not self.has(s): self._make(s)
         stored = (self.folder(s) / 'spec.json').read_text()
-        if json.loads(stored) != json.loads(s.model_dump_json()): raise FacesError(f'{self.folder(s)}: the stored spec.json is not the one that its name stands for. Delete this folder; the run will be made again.')
+        if json.loads(stored) != json.loads(s.model_dump_json()):
+            raise FacesError(
+                f'{self.folder(s)}: the stored spec.json is not the one that its name stands for. Delete this folder; the run will be made again.'
+            )
         return Run(self, s)
 
-    def pretrain_of(self, s: RunSpec) -> RunSpec: return s.model_copy(update=dict(method='pretrain', hyper={}, n_forget=max(s.sizes), start='pretrain', prepared=False, code=code_version('pretrain')))
+    def pretrain_of(self, s: RunSpec) -> RunSpec:
+        return s.model_copy(
+            update=dict(
+                method='pretrain',
+                hyper={},
+                n_forget=max(s.sizes),
+                start='pretrain',
+                prepared=False,
+                code=code_version('pretrain'),
+            )
+        )
 
-    def retrain_of(self, s: RunSpec) -> RunSpec: return s.model_copy(update=dict(method='retrain', hyper={}, start='pretrain', prepared=False, code=code_version('retrain')))
+    def retrain_of(self, s: RunSpec) -> RunSpec:
+        return s.model_copy(
+            update=dict(method='retrain', hyper={}, start='pretrain', prepared=False, code=code_version('retrain'))
+        )
 
     def prepared_of(self, s: RunSpec) -> RunSpec:
         "The preparation that an unlearning needs: it knows of the request's size at most what its hyper-parameters say."
-        own = get_method(s.method).prepare_hyper; n = max(s.sizes) if s.start == 'pretrain' else s.n_forget   # Retrain belongs to one request
+        own = get_method(s.method).prepare_hyper
+        n = max(s.sizes) if s.start == 'pretrain' else s.n_forget   # Retrain belongs to one request
         return s.model_copy(update=dict(prepared=True, n_forget=n, hyper={k: v for k, v in s.hyper.items() if k in own}))
 
     def reference_of(self, s: RunSpec) -> RunSpec:
@@ -130,11 +175,20 @@ class RunStore:
         make,                  # () -> something JSON-able
     ):
         "A small result that is neither a training nor an unlearning, made once."
-        f = self.root / 'results' / f'{name}-{hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]}.json'; f.parent.mkdir(parents=True, exist_ok=True)
+        f = (
+            self.root
+            / 'results'
+            / f'{name}-{hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]}.json'
+        )
+        f.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f.with_suffix('.lock')):
-            if not f.exists(): tmp = f.with_suffix('.tmp'); tmp.write_text(json.dumps(make())); os.replace(tmp, f)
+            if not f.exists():
+                tmp = f.with_suffix('.tmp')
+                tmp.write_text(json.dumps(make()))
+                os.replace(tmp, f)
         try: return json.loads(f.read_text())
-        except json.JSONDecodeError as e: raise FacesError(f'{f}: cannot be read ({e}). Delete this file; it will be made again.') from e
+        except json.JSONDecodeError as e:
+            raise FacesError(f'{f}: cannot be read ({e}). Delete this file; it will be made again.') from e
 
     def sets(self, s: RunSpec, r=None) -> dict:
         "The ImageSets of a run's request (or of the given one) by name (train, retain, forget, val, test)."
@@ -149,49 +203,84 @@ class RunStore:
         run = self.get(self.prepared_of(s)); return run.state(), run.metrics['prepare_seconds']
 
     def _make(self, s: RunSpec):
-        part = self.root / f'.{s.name}.part'; part.mkdir(exist_ok=True); r = self.request(s); D = self.sets(s, r); log = None
+        part = self.root / f'.{s.name}.part'
+        part.mkdir(exist_ok=True)
+        r = self.request(s)
+        D = self.sets(s, r)
+        log = None
         if s.method in TRAININGS:
             model = create_model(s.model, D['val'].n_classes, s.seed); t0 = time.perf_counter()
-            log = fit(model, D['train' if s.method == 'pretrain' else 'retain'], D['val'], s.train, s.seed, resume=part / 'state', quiet=True)
+            log = fit(
+                model,
+                D['train' if s.method == 'pretrain' else 'retain'],
+                D['val'],
+                s.train,
+                s.seed,
+                resume=part / 'state',
+                quiet=True,
+            )
             timing = dict(seconds=time.perf_counter() - t0, prepare_seconds=0.)
         else:
-            before = self.get(self.pretrain_of(s) if s.start == 'pretrain' else self.retrain_of(s)).model(); m = get_method(s.method)
+            before = self.get(self.pretrain_of(s) if s.start == 'pretrain' else self.retrain_of(s)).model()
+            m = get_method(s.method)
             if s.prepared:
                 torch.manual_seed(1_000_000 + s.seed); t0 = time.perf_counter()
-                state = m.prepare(before, D['train'], D['val'], s.hyper)   # a reference too: the same unlearning, from a model that never saw D_f
-                model, timing = None, dict(prepare_seconds=time.perf_counter() - t0); save_file({k: v.contiguous().cpu() for k, v in state.items()}, part / 'state.safetensors')
+                # a reference too: the same unlearning, from a model that never saw D_f
+                state = m.prepare(before, D['train'], D['val'], s.hyper)
+                model, timing = None, dict(prepare_seconds=time.perf_counter() - t0)
+                save_file({k: v.contiguous().cpu() for k, v in state.items()}, part / 'state.safetensors')
             else:
                 state, prepare_seconds = self.prepared(s)   # what survives is what was written, nothing else
-                full = dict(retain=D['retain'], forget=D['forget']) if m.access == 'full' else {}; torch.manual_seed(2_000_000 + s.seed); S = support_set(D['val'].pixels, r.support); t0 = time.perf_counter()
-                model = m.unlearn(before, S, state, s.hyper, **full); timing = dict(seconds=time.perf_counter() - t0, prepare_seconds=prepare_seconds)
+                full = dict(retain=D['retain'], forget=D['forget']) if m.access == 'full' else {}
+                torch.manual_seed(2_000_000 + s.seed)
+                S = support_set(D['val'].pixels, r.support)
+                t0 = time.perf_counter()
+                model = m.unlearn(before, S, state, s.hyper, **full)
+                timing = dict(seconds=time.perf_counter() - t0, prepare_seconds=prepare_seconds)
         metrics = timing if s.prepared or s.start == 'retrain' else evaluate(model, D, s.train) | timing
         r.save(part / 'request.json')
         if log is not None: log.to_csv(part / 'log.csv', index=False)
-        if model is not None: save_file({k: v.contiguous().cpu() for k, v in model.state_dict().items()}, part / 'model.safetensors')
-        (part / 'spec.json').write_text(s.model_dump_json(indent=1)); (part / 'metrics.json').write_text(json.dumps(metrics)); shutil.rmtree(part / 'state', ignore_errors=True)
+        if model is not None:
+            save_file({k: v.contiguous().cpu() for k, v in model.state_dict().items()}, part / 'model.safetensors')
+        (part / 'spec.json').write_text(s.model_dump_json(indent=1))
+        (part / 'metrics.json').write_text(json.dumps(metrics))
+        shutil.rmtree(part / 'state', ignore_errors=True)
         shutil.rmtree(self.folder(s), ignore_errors=True); os.replace(part, self.folder(s))
 
 class Run:
     "A finished run."
-    def __init__(self, store: RunStore, spec: RunSpec): self.store, self.spec, self.folder = store, spec, store.folder(spec)
+    def __init__(self, store: RunStore, spec: RunSpec):
+        self.store, self.spec, self.folder = store, spec, store.folder(spec)
 
     @cached_property
     def metrics(self) -> dict:
         "Aggregates and per-sample values. Raises `FacesError` if the file is damaged."
         try: return json.loads((self.folder / 'metrics.json').read_text())
-        except (OSError, json.JSONDecodeError) as e: raise FacesError(f'{self.folder / "metrics.json"}: cannot be read ({e}). Delete this folder; the run will be made again.') from e
+        except (OSError, json.JSONDecodeError) as e:
+            raise FacesError(
+                f'{self.folder / "metrics.json"}: cannot be read ({e}). Delete this folder; the run will be made again.'
+            ) from e
 
     def model(self) -> torch.nn.Module:
         "The network with the run's weights. Raises `FacesError` if they are damaged, or if the request is no longer that of the data."
-        Request.load(self.folder / 'request.json', self.store.faces(self.spec.dataset)); f = self.folder / 'model.safetensors'; n = len(self.store.faces(self.spec.dataset).classes); m = create_model(self.spec.model.model_copy(update=dict(weights='none')), n)
+        Request.load(self.folder / 'request.json', self.store.faces(self.spec.dataset))
+        f = self.folder / 'model.safetensors'
+        n = len(self.store.faces(self.spec.dataset).classes)
+        m = create_model(self.spec.model.model_copy(update=dict(weights='none')), n)
         try: m.load_state_dict(load_file(f))
-        except Exception as e: raise FacesError(f'{f}: cannot be read ({type(e).__name__}: {e}). Delete this folder; the run will be made again.') from e
+        except Exception as e:
+            raise FacesError(
+                f'{f}: cannot be read ({type(e).__name__}: {e}). Delete this folder; the run will be made again.'
+            ) from e
         return m.eval()
 
     def state(self) -> dict:
         "A preparation's tensors. Raises `FacesError` if they are damaged."
         try: return load_file(self.folder / 'state.safetensors')
-        except Exception as e: raise FacesError(f'{self.folder / "state.safetensors"}: cannot be read ({type(e).__name__}: {e}). Delete this folder; the run will be made again.') from e
+        except Exception as e:
+            raise FacesError(
+                f'{self.folder / "state.safetensors"}: cannot be read ({type(e).__name__}: {e}). Delete this folder; the run will be made again.'
+            ) from e
 
 # %% ../nbs/api/runs.ipynb #837739c6
 def evaluate(
@@ -202,9 +291,14 @@ def evaluate(
     "All metrics that need only this model."
     out, losses = {}, {}
     for d in ('retain', 'forget', 'val', 'test'):
-        lo = predict(model, sets[d], dtype=train.precision, workers=train.workers); out[d] = score(lo, sets[d].y)
+        lo = predict(model, sets[d], dtype=train.precision, workers=train.workers)
+        out[d] = score(lo, sets[d].y)
         losses[d] = task_loss(lo, sets[d].y, 'none').numpy(); out[f'{d}_loss'] = float(losses[d].mean())
-    return out | loss_mia(losses['retain'], losses['val'], losses['forget'], losses['test']) | dict(losses={d: [round(float(x), 6) for x in v] for d, v in losses.items()})
+    return (
+        out
+        | loss_mia(losses['retain'], losses['val'], losses['forget'], losses['test'])
+        | dict(losses={d: [round(float(x), 6) for x in v] for d, v in losses.items()})
+    )
 
 # %% ../nbs/api/runs.ipynb #a16c7dbc
 def cell_metrics(
@@ -232,12 +326,19 @@ def pretrain_on(
 # %% ../nbs/api/runs.ipynb #f2fdca77
 ROWS = ('pretrain', 'retrain', 'neggrad', 'ssd', 'pgu', 'jit', 'metaunlearn', 'metastep', 'scrub', 'bad_teacher')
 TITLES = {'pretrain': 'Pretrain', 'retrain': 'Retrain'}
-TABLES = {'celebahq': 'table1_celebahq', 'celeba': 'table2_celeba', 'mufac': 'table3_mufac', 'mufac_merged': 'table3_mufac_merged'}
+TABLES = {
+    'celebahq': 'table1_celebahq',
+    'celeba': 'table2_celeba',
+    'mufac': 'table3_mufac',
+    'mufac_merged': 'table3_mufac_merged',
+}
 
 @contextmanager
 def _worker():
     # one thread a job, whatever n_jobs is: two processes with a thread each beat one with two, and sums come out the same; nobody sees a worker's progress bar
-    threads, shown = torch.get_num_threads(), os.environ.get('ONESHUI_PROGRESS'); torch.set_num_threads(1); os.environ['ONESHUI_PROGRESS'] = 'off'
+    threads, shown = torch.get_num_threads(), os.environ.get('ONESHUI_PROGRESS')
+    torch.set_num_threads(1)
+    os.environ['ONESHUI_PROGRESS'] = 'off'
     try: yield
     finally:
         torch.set_num_threads(threads); os.environ.pop('ONESHUI_PROGRESS')
@@ -246,20 +347,29 @@ def _worker():
 def _one(store, s):
     try:
         with _worker(): store.get(s)
-    except (FacesError, FloatingPointError, ValueError, RuntimeError) as e: return f'{s.name}: {type(e).__name__}: {e}'
+    except (FacesError, FloatingPointError, ValueError, RuntimeError) as e:
+        return f'{s.name}: {type(e).__name__}: {e}'
 
 def _in_parallel(jobs, n_jobs, label, order='generator'):
     # results of joblib's delayed calls, with a progress bar
     if not jobs: return []
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', message='A worker stopped while some jobs')   # loky renews a worker whose memory has grown; no job is lost
+        # loky renews a worker whose memory has grown; no job is lost
+        warnings.filterwarnings('ignore', message='A worker stopped while some jobs')
         return list(progress(Parallel(n_jobs, return_as=order)(jobs), label, len(jobs)))
 
 def _make_all(store, todo, label, n_jobs):
     # make runs; returns what went wrong, a line a run
-    return [e for e in _in_parallel([delayed(_one)(RunStore(store.root, store.data_dir), s) for s in todo], n_jobs, label, 'generator_unordered') if e]
+    return [
+        e
+        for e in _in_parallel(
+            [delayed(_one)(RunStore(store.root, store.data_dir), s) for s in todo], n_jobs, label, 'generator_unordered'
+        )
+        if e
+    ]
 
-def _missing_evaluation(store, s): return s.method == 'pretrain' and s.n_forget != max(s.sizes) and not (store.folder(s) / f'metrics-{s.n_forget}.json').exists()
+def _missing_evaluation(store, s):
+    return s.method == 'pretrain' and s.n_forget != max(s.sizes) and not (store.folder(s) / f'metrics-{s.n_forget}.json').exists()
 
 def _evaluate_pretrain(store, s):
     with _worker(): pretrain_on(store, s)
@@ -270,16 +380,28 @@ def make_runs(
     n_jobs: int = 2,    # processes
 ):
     "Make every run that the store does not hold, with what it depends on. Raises `FacesError` naming every run that failed, after the others are done and stored."
-    for d, size in {(s.dataset, s.model.image_size) for s in specs}: store.pixels(d, size)   # read, check and decode before any training
-    for d, n, k, sizes in {(s.dataset, s.n_forget, s.seed, s.sizes) for s in specs}: make_request(store.faces(d), n, k, sizes)
-    methods = [s for s in specs if s.method not in TRAININGS]; base = lambda s: [store.pretrain_of(s) if s.start == 'pretrain' else store.retrain_of(s)]
-    prepared = lambda s: [store.prepared_of(s)] if get_method(s.method).prepare_fn else []; failed, asked = [], 0
-    stages = [('training', [f(s) for s in specs for f in (store.pretrain_of, store.retrain_of)], lambda s: []), ('preparing', [t for s in methods for t in prepared(s)], base), ('unlearning', methods, lambda s: base(s) + prepared(s))]
+    for d, size in {(s.dataset, s.model.image_size) for s in specs}:
+        store.pixels(d, size)   # read, check and decode before any training
+    for d, n, k, sizes in {(s.dataset, s.n_forget, s.seed, s.sizes) for s in specs}:
+        make_request(store.faces(d), n, k, sizes)
+    methods = [s for s in specs if s.method not in TRAININGS]
+    base = lambda s: [store.pretrain_of(s) if s.start == 'pretrain' else store.retrain_of(s)]
+    prepared = lambda s: [store.prepared_of(s)] if get_method(s.method).prepare_fn else []
+    failed, asked = [], 0
+    stages = [
+        ('training', [f(s) for s in specs for f in (store.pretrain_of, store.retrain_of)], lambda s: []),
+        ('preparing', [t for s in methods for t in prepared(s)], base),
+        ('unlearning', methods, lambda s: base(s) + prepared(s)),
+    ]
     for label, stage, needs in stages:   # what depends on a failed run is not tried
-        todo = [s for s in {s.name: s for s in stage}.values() if not store.has(s) and all(store.has(t) for t in needs(s))]; asked += len(todo); failed += _make_all(store, todo, label, n_jobs)
-    if failed: raise FacesError(f'{len(failed)} of {asked} runs failed; the others are stored.\n' + '\n'.join(failed[:5]))
+        todo = [s for s in {s.name: s for s in stage}.values() if not store.has(s) and all(store.has(t) for t in needs(s))]
+        asked += len(todo)
+        failed += _make_all(store, todo, label, n_jobs)
+    if failed:
+        raise FacesError(f'{len(failed)} of {asked} runs failed; the others are stored.\n' + '\n'.join(failed[:5]))
     todo = [s for s in specs if _missing_evaluation(store, s)]
-    if todo: Parallel(n_jobs)(delayed(_evaluate_pretrain)(RunStore(store.root, store.data_dir), s) for s in todo)
+    if todo:
+        Parallel(n_jobs)(delayed(_evaluate_pretrain)(RunStore(store.root, store.data_dir), s) for s in todo)
 
 def _functions(fn, seen):
     # fn and the functions of this package that it calls, by name
@@ -287,12 +409,15 @@ def _functions(fn, seen):
     for c in codes:
         codes += [k for k in c.co_consts if inspect.iscode(k)]
         for g in (fn.__globals__.get(n) for n in c.co_names):
-            if inspect.isfunction(inspect.unwrap(g) if callable(g) else g) and (g := inspect.unwrap(g)).__module__.startswith('oneshui') and g.__qualname__ not in seen: _functions(g, seen)
+            if inspect.isfunction(inspect.unwrap(g) if callable(g) else g) and (g := inspect.unwrap(g)).__module__.startswith('oneshui') and g.__qualname__ not in seen:
+                _functions(g, seen)
     return seen
 
 def _measured(store, fn, s, options):
-    src = [ast.dump(ast.parse(textwrap.dedent(inspect.getsource(f)))) for _, f in sorted(_functions(fn, {}).items())]; code = hashlib.sha256('\n'.join(src).encode()).hexdigest()[:8]
-    with _worker(): return store.cached(fn.__name__, dict(code=code, spec=s.model_dump(), options=options), lambda: fn(store, s, **options))
+    src = [ast.dump(ast.parse(textwrap.dedent(inspect.getsource(f)))) for _, f in sorted(_functions(fn, {}).items())]
+    code = hashlib.sha256('\n'.join(src).encode()).hexdigest()[:8]
+    with _worker():
+        return store.cached(fn.__name__, dict(code=code, spec=s.model_dump(), options=options), lambda: fn(store, s, **options))
 
 def measure(
     store: RunStore,
@@ -310,9 +435,21 @@ def run_grid(
     n_jobs: int = 2,            # processes
 ) -> pd.DataFrame:              # tidy: dataset, n_forget, seed, method, metric, value
     "All runs of a grid, as one tidy table. Raises `FacesError` naming every run that failed, after the others are done and stored."
-    grid = {(d, n, k, m): store.spec(preset, d, n, k, m) for d in datasets for n in preset.cell(d).n_forget for k in seeds for m in methods}
+    grid = {
+        (d, n, k, m): store.spec(preset, d, n, k, m)
+        for d in datasets
+        for n in preset.cell(d).n_forget
+        for k in seeds
+        for m in methods
+    }
     make_runs(store, list(grid.values()), n_jobs)
-    return pd.DataFrame([dict(dataset=d, n_forget=n, seed=k, method=m, metric=name, value=v) for (d, n, k, m), s in grid.items() for name, v in cell_metrics(store, s).items()])
+    return pd.DataFrame(
+        [
+            dict(dataset=d, n_forget=n, seed=k, method=m, metric=name, value=v)
+            for (d, n, k, m), s in grid.items()
+            for name, v in cell_metrics(store, s).items()
+        ]
+    )
 
 # %% ../nbs/api/runs.ipynb #62d29447
 COLUMNS = ('retain', 'forget', 'test', 'mia', 'tow')
@@ -323,15 +460,35 @@ def make_table(
 ) -> pd.DataFrame:          # index: method; columns: (n_forget, metric, 'mean' | 'std')
     "One of Tables 1–3 as numbers."
     t = results[(results.dataset == dataset) & results.metric.isin(COLUMNS)]
-    g = t.groupby(['method', 'n_forget', 'metric']).value.agg(['mean', lambda x: x.std(ddof=1) if len(x) > 1 else 0.]).set_axis(['mean', 'std'], axis=1)
+    g = (
+        t.groupby(['method', 'n_forget', 'metric'])
+        .value.agg(['mean', lambda x: x.std(ddof=1) if len(x) > 1 else 0.0])
+        .set_axis(['mean', 'std'], axis=1)
+    )
     order = [m for m in (*ROWS, *METHODS) if m in set(t.method)]
-    return g.unstack(['n_forget', 'metric']).reorder_levels([1, 2, 0], axis=1).reindex(pd.MultiIndex.from_product([sorted(t.n_forget.unique()), COLUMNS, ['mean', 'std']]), axis=1).loc[list(dict.fromkeys(order))]
+    return (
+        g.unstack(['n_forget', 'metric'])
+        .reorder_levels([1, 2, 0], axis=1)
+        .reindex(pd.MultiIndex.from_product([sorted(t.n_forget.unique()), COLUMNS, ['mean', 'std']]), axis=1)
+        .loc[list(dict.fromkeys(order))]
+    )
 
 def method_title(m: str) -> str:
     "How a row is headed; † marks full access to the training data."
     return TITLES.get(m) or METHODS[m].title + (' †' if METHODS[m].access == 'full' else '')
 
-TEX = {'±': r'$\pm$', '†': r'$^\dagger$', 'Δ': r'$\Delta$', 'φ': r'$\varphi$', '→': r'$\to$', '≥': r'$\ge$', 'N_S': '$N_S$', 'D_te': r'$\mathcal D_{te}$', 'D_r': r'$\mathcal D_r$', 'D_f': r'$\mathcal D_f$'} | {c: '\\' + c for c in '%_#&'}
+TEX = {
+    '±': r'$\pm$',
+    '†': r'$^\dagger$',
+    'Δ': r'$\Delta$',
+    'φ': r'$\varphi$',
+    '→': r'$\to$',
+    '≥': r'$\ge$',
+    'N_S': '$N_S$',
+    'D_te': r'$\mathcal D_{te}$',
+    'D_r': r'$\mathcal D_r$',
+    'D_f': r'$\mathcal D_f$',
+} | {c: '\\' + c for c in '%_#&'}
 
 def tabular(
     rows: pd.DataFrame,  # strings; **bold** as in Markdown
@@ -346,11 +503,17 @@ def format_table(
     table: pd.DataFrame,   # from `make_table`
 ) -> pd.DataFrame:         # of strings, for `tabular`
     "Mean ± standard deviation in every cell; the one-shot method with the highest ToW in bold."
-    sizes = list(dict.fromkeys(table.columns.get_level_values(0))); one_shot = [m for m in table.index if m in METHODS and METHODS[m].access == 'one-shot']
+    sizes = list(dict.fromkeys(table.columns.get_level_values(0)))
+    one_shot = [m for m in table.index if m in METHODS and METHODS[m].access == 'one-shot']
     text = {(n, c): table[n][c].apply(lambda v: f'{v["mean"]:.1f} ± {v["std"]:.1f}', axis=1) for n in sizes for c in COLUMNS}
-    for n in sizes if one_shot else (): best = table.loc[one_shot, (n, 'tow', 'mean')].idxmax(); text[n, 'tow'][best] = f'**{text[n, "tow"][best]}**'
+    for n in sizes if one_shot else ():
+        best = table.loc[one_shot, (n, 'tow', 'mean')].idxmax()
+        text[n, 'tow'][best] = f'**{text[n, "tow"][best]}**'
     names = dict(zip(COLUMNS, ('D_r', 'D_f', 'D_te', 'MIA', 'ToW')))
-    return pd.DataFrame({'Method': [method_title(m) for m in table.index]} | {f'{names[c]} (N_S={n})': v.to_list() for (n, c), v in text.items()})
+    return pd.DataFrame(
+        {'Method': [method_title(m) for m in table.index]}
+        | {f'{names[c]} (N_S={n})': v.to_list() for (n, c), v in text.items()}
+    )
 
 def plot_table(
     results: pd.DataFrame,  # tidy, from `run_grid`
@@ -358,16 +521,37 @@ def plot_table(
 ):                          # matplotlib figure
     "The table as a picture: scores against Retrain's, and ToW, a dot a seed."
     import matplotlib.pyplot as plt, seaborn as sns
-    t = results[results.dataset == dataset]; sizes = sorted(t.n_forget.unique()); order = [m for m in ROWS if m in set(t.method)]; colours = dict(zip(('retain', 'forget', 'test'), sns.color_palette('colorblind')))
+    t = results[results.dataset == dataset]
+    sizes = sorted(t.n_forget.unique())
+    order = [m for m in ROWS if m in set(t.method)]
+    colours = dict(zip(('retain', 'forget', 'test'), sns.color_palette('colorblind')))
     fig, axes = plt.subplots(2, len(sizes), figsize=(5.2 * len(sizes), 5.2), layout='constrained', sharex=True, squeeze=False)
     for j, n in enumerate(sizes):
-        u = t[t.n_forget == n].assign(method=lambda x: x.method.map(method_title)); names = [method_title(m) for m in order]
+        u = t[t.n_forget == n].assign(method=lambda x: x.method.map(method_title))
+        names = [method_title(m) for m in order]
         a = u[u.metric.isin(colours)].rename(columns={'metric': 'set'})
         sns.pointplot(a, x='method', y='value', hue='set', order=names, hue_order=list(colours), palette=colours, linestyle='none', errorbar='sd', dodge=.4, ax=axes[0, j], markersize=4, err_kws=dict(linewidth=1))
-        for d, c in colours.items(): axes[0, j].axhline(a[(a.set == d) & (a.method == 'Retrain')].value.mean(), color=c, lw=.8, ls=':')
-        axes[0, j].set(title=f'{dataset}, $N_S$ = {n}', ylabel='score' if not j else '', xlabel=''); axes[0, j].legend(frameon=False, fontsize=8, ncol=3)
-        w = u[u.metric == 'tow']; sns.stripplot(w, x='method', y='value', order=names, color='.55', size=3.5, jitter=False, ax=axes[1, j]); sns.pointplot(w, x='method', y='value', order=names, color='k', linestyle='none', errorbar=None, marker='_', markersize=14, ax=axes[1, j])
-        axes[1, j].axhline(w[w.method == 'Pretrain'].value.mean(), color='.6', lw=.8, ls='--'); axes[1, j].set(ylabel='ToW' if not j else '', xlabel=''); axes[1, j].tick_params(axis='x', rotation=40)
+        for d, c in colours.items():
+            axes[0, j].axhline(a[(a.set == d) & (a.method == 'Retrain')].value.mean(), color=c, lw=.8, ls=':')
+        axes[0, j].set(title=f'{dataset}, $N_S$ = {n}', ylabel='score' if not j else '', xlabel='')
+        axes[0, j].legend(frameon=False, fontsize=8, ncol=3)
+        w = u[u.metric == 'tow']
+        sns.stripplot(w, x='method', y='value', order=names, color='.55', size=3.5, jitter=False, ax=axes[1, j])
+        sns.pointplot(
+            w,
+            x='method',
+            y='value',
+            order=names,
+            color='k',
+            linestyle='none',
+            errorbar=None,
+            marker='_',
+            markersize=14,
+            ax=axes[1, j],
+        )
+        axes[1, j].axhline(w[w.method == 'Pretrain'].value.mean(), color='.6', lw=.8, ls='--')
+        axes[1, j].set(ylabel='ToW' if not j else '', xlabel='')
+        axes[1, j].tick_params(axis='x', rotation=40)
         for l in axes[1, j].get_xticklabels(): l.set_ha('right')
     sns.despine(fig); return fig
 
@@ -395,33 +579,52 @@ def check_parameters(
     known = set(Parameters.model_fields); hidden = set('In Out exit quit get_ipython open'.split())
     try: hidden |= set(get_ipython().user_ns_hidden)
     except NameError: pass
-    extra = [k for k, v in namespace.items() if not k.startswith('_') and k not in known | hidden and not callable(v) and type(v).__name__ != 'module']
-    if extra: raise ValueError(f'unknown parameter {", ".join(extra)}. Valid: {", ".join(Parameters.model_fields)}.')
+    extra = [
+        k
+        for k, v in namespace.items()
+        if not k.startswith('_') and k not in known | hidden and not callable(v) and type(v).__name__ != 'module'
+    ]
+    if extra:
+        raise ValueError(f'unknown parameter {", ".join(extra)}. Valid: {", ".join(Parameters.model_fields)}.')
     given = {k: namespace[k] for k in known if k in namespace}
     for k in ('datasets', 'seeds'): given[k] = _listed(given.get(k))
-    for k in ('data_dir', 'store', 'out_dir'): given[k] = str(given[k]) if given.get(k) not in (None, 'None') else None
+    for k in ('data_dir', 'store', 'out_dir'):
+        given[k] = str(given[k]) if given.get(k) not in (None, 'None') else None
     try: p = Parameters(**given)
-    except ValidationError as e: raise ValueError('; '.join(f'parameter {".".join(map(str, x["loc"]))} = {x["input"]!r}: {x["msg"]}' for x in e.errors())) from None
+    except ValidationError as e:
+        raise ValueError(
+            '; '.join(f'parameter {".".join(map(str, x["loc"]))} = {x["input"]!r}: {x["msg"]}' for x in e.errors())
+        ) from None
     preset = load_preset(p.preset); datasets = p.datasets or list(preset.cells)
     for d in datasets:
         if d not in READERS: raise ValueError(f'unknown data set "{d}". Valid: {", ".join(READERS)}.')
-    if p.seeds is not None and (not p.seeds or min(p.seeds) < 0): raise ValueError(f'seeds = {p.seeds}: give at least one, none negative.')
-    if p.data_dir and not Path(p.data_dir).is_dir(): raise ValueError(f'data_dir = {p.data_dir}: no such folder. It should hold {", ".join(sorted({f for f, _ in READERS.values()}))}.')
-    if not p.data_dir and not preset.portraits: raise ValueError(f'preset {preset.name} needs data_dir, the folder with {", ".join(sorted({f for f, _ in READERS.values()}))}.')
+    if p.seeds is not None and (not p.seeds or min(p.seeds) < 0):
+        raise ValueError(f'seeds = {p.seeds}: give at least one, none negative.')
+    if p.data_dir and not Path(p.data_dir).is_dir():
+        raise ValueError(
+            f'data_dir = {p.data_dir}: no such folder. It should hold {", ".join(sorted({f for f, _ in READERS.values()}))}.'
+        )
+    if not p.data_dir and not preset.portraits:
+        raise ValueError(
+            f'preset {preset.name} needs data_dir, the folder with {", ".join(sorted({f for f, _ in READERS.values()}))}.'
+        )
     return p.model_copy(update=dict(datasets=datasets, seeds=p.seeds or preset.seeds)), preset
 
 def out_folder(
     p: Parameters, preset: Preset,
 ) -> Path:  # exists
     "Where a notebook's tables and pictures go."
-    out = Path(p.out_dir) if p.out_dir else project_root() / 'figures' / preset.name; out.mkdir(parents=True, exist_ok=True); return out
+    out = Path(p.out_dir) if p.out_dir else project_root() / 'figures' / preset.name
+    out.mkdir(parents=True, exist_ok=True)
+    return out
 
 def open_store(
     p: Parameters, preset: Preset,
 ) -> RunStore:
     "The run store for these parameters; draws the embedded portraits if no data_dir is given."
     from oneshui.portraits import write_portraits
-    root = project_root(); data = Path(p.data_dir) if p.data_dir else write_portraits(root / 'data', **preset.portraits, n_jobs=p.n_jobs)
+    root = project_root()
+    data = Path(p.data_dir) if p.data_dir else write_portraits(root / 'data', **preset.portraits, n_jobs=p.n_jobs)
     return RunStore(Path(p.store) if p.store else root / 'runs', data.resolve())
 
 # %% ../nbs/api/runs.ipynb #98011a78
@@ -444,9 +647,27 @@ def tune(
 ) -> pd.DataFrame:   # dataset, n_forget, method, hyper, tow, chosen
     "ToW of every candidate on the preset's tuning seed; the best one of each cell is marked."
     seed = preset.tuning_seed
-    if seed is None or seed in preset.seeds: raise ValueError(f'preset {preset.name}: tuning_seed = {seed} must be given and must not be reported.')
-    grid = [(d, n, m, hp, store.spec(preset, d, n, seed, m, hp)) for d in datasets for n in preset.cell(d).n_forget for m in methods for hp in candidates[m]]
+    if seed is None or seed in preset.seeds:
+        raise ValueError(f'preset {preset.name}: tuning_seed = {seed} must be given and must not be reported.')
+    grid = [
+        (d, n, m, hp, store.spec(preset, d, n, seed, m, hp))
+        for d in datasets
+        for n in preset.cell(d).n_forget
+        for m in methods
+        for hp in candidates[m]
+    ]
     try: make_runs(store, [g[-1] for g in grid], n_jobs)
     except FacesError as e: print(e)   # a candidate that diverges is not chosen
-    t = pd.DataFrame([dict(dataset=d, n_forget=n, method=m, hyper=json.dumps(hp), tow=cell_metrics(store, s)['tow'] if store.has(s) else math.nan) for d, n, m, hp, s in grid])
+    t = pd.DataFrame(
+        [
+            dict(
+                dataset=d,
+                n_forget=n,
+                method=m,
+                hyper=json.dumps(hp),
+                tow=cell_metrics(store, s)['tow'] if store.has(s) else math.nan,
+            )
+            for d, n, m, hp, s in grid
+        ]
+    )
     return t.assign(chosen=t.index.isin(t.fillna({'tow': -1.}).groupby(['dataset', 'n_forget', 'method']).tow.idxmax()))

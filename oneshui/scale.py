@@ -49,7 +49,8 @@ def progress(
 ):
     "tqdm, where somebody can see it."
     how = os.environ.get('ONESHUI_PROGRESS', 'auto')
-    if how == 'text': return text_tqdm(iterable, desc, total, disable=quiet, mininterval=10, miniters=1, ncols=80, ascii=True)
+    if how == 'text':
+        return text_tqdm(iterable, desc, total, disable=quiet, mininterval=10, miniters=1, ncols=80, ascii=True)
     return auto_tqdm(iterable, desc, total, disable=True if quiet or how == 'off' else None, leave=False)
 
 # %% ../nbs/04_a100_training.ipynb #21b18c0b
@@ -76,8 +77,11 @@ def step_memory(
     def keep(t):
         if id(t) not in own and t.dim() > 1: saved[id(t)] = (t.numel(), t)
         return t
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t): out = m(torch.empty(batch_size, 3, image_size, image_size, device='meta'))
-    p = sum(p.numel() for p in m.parameters()) * 4; a = sum(n for n, _ in saved.values()) * bytes_each; del out
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        out = m(torch.empty(batch_size, 3, image_size, image_size, device='meta'))
+    p = sum(p.numel() for p in m.parameters()) * 4
+    a = sum(n for n, _ in saved.values()) * bytes_each
+    del out
     return dict(weights=p, gradients=p, optimizer=p, activations=a, total=3 * p + a)
 
 # %% ../nbs/04_a100_training.ipynb #8d0f0cb4

@@ -10,7 +10,8 @@ __all__ = ['create_model', 'logits_and_cls', 'count_parameters', 'pretrain_backb
 import copy, importlib.resources, json, math, os
 from pathlib import Path
 import warnings
-warnings.filterwarnings('ignore', message='.*torch.jit.script.*', category=FutureWarning)   # timm's import, nothing a reader can act on
+# timm's import, nothing a reader can act on
+warnings.filterwarnings('ignore', message='.*torch.jit.script.*', category=FutureWarning)
 import numpy as np, pandas as pd, timm, torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -29,15 +30,36 @@ def create_model(
 ) -> nn.Module:       # a timm ViT in eval mode on the default device
     "The pre-trained network with a fresh head. Raises `FacesError` if the weights cannot be had."
     torch.manual_seed(seed)
-    try: m = timm.create_model(spec.arch, pretrained=spec.weights == 'timm', num_classes=n_classes, img_size=spec.image_size, **spec.options)
+    try:
+        m = timm.create_model(
+            spec.arch,
+            pretrained=spec.weights == 'timm',
+            num_classes=n_classes,
+            img_size=spec.image_size,
+            **spec.options
+        )
     except (OSError, RuntimeError) as e:
-        raise FacesError(f'{spec.arch}: the ImageNet weights could not be downloaded ({type(e).__name__}: {str(e)[:120]}). Go online once, or give model.weights the path of a .safetensors file.') from e
+        raise FacesError(
+            f'{spec.arch}: the ImageNet weights could not be downloaded ({type(e).__name__}: {str(e)[:120]}). Go online once, or give model.weights the path of a .safetensors file.'
+        ) from e
     if spec.weights not in ('timm', 'none'):
-        path = Path(str(importlib.resources.files('oneshui'))) / 'assets/mini_backbone.safetensors' if spec.weights == 'mini' else Path(spec.weights)
-        if not path.is_file(): raise FacesError(f'{path}: no such weights file. model.weights is timm, mini, none, or an existing .safetensors file.')
-        missing, unknown = m.load_state_dict({k: v.float() for k, v in load_file(path).items() if not k.startswith('head')}, strict=False)
+        path = (
+            Path(str(importlib.resources.files('oneshui'))) / 'assets/mini_backbone.safetensors'
+            if spec.weights == 'mini'
+            else Path(spec.weights)
+        )
+        if not path.is_file():
+            raise FacesError(
+                f'{path}: no such weights file. model.weights is timm, mini, none, or an existing .safetensors file.'
+            )
+        missing, unknown = m.load_state_dict(
+            {k: v.float() for k, v in load_file(path).items() if not k.startswith('head')}, strict=False
+        )
         wrong = [k for k in missing if not k.startswith('head')] + unknown
-        if wrong: raise FacesError(f'{path}: does not fit {spec.arch} with {spec.options}: {wrong[:3]}. Change model.arch and model.options to those of the file.')
+        if wrong:
+            raise FacesError(
+                f'{path}: does not fit {spec.arch} with {spec.options}: {wrong[:3]}. Change model.arch and model.options to those of the file.'
+            )
     return m.to(default_device()).eval()
 
 def logits_and_cls(
@@ -55,8 +77,10 @@ def count_parameters(model: nn.Module) -> int: return sum(p.numel() for p in mod
 def _pretraining_people(i, per, size, seed=10_000):
     # portraits and latents of person i; every second one is of a MUFAC age group
     from oneshui.portraits import draw_person, draw_photo, render
-    p = draw_person(seed, i, None if i % 2 else (i // 2) % 8); qs = [draw_photo(seed, i, j, p) for j in range(per)]
-    visible = lambda q: [v for k, v in (p | q).items() if k != 'dress' and not k.startswith('p_')]   # p_…: habits, which no picture shows
+    p = draw_person(seed, i, None if i % 2 else (i // 2) % 8)
+    qs = [draw_photo(seed, i, j, p) for j in range(per)]
+    # p_…: habits, which no picture shows
+    visible = lambda q: [v for k, v in (p | q).items() if k != 'dress' and not k.startswith('p_')]
     return np.stack([render(p, q, size).transpose(2, 0, 1) for q in qs]), np.array([visible(q) for q in qs], np.float32)
 
 def pretrain_backbone(
@@ -70,16 +94,21 @@ def pretrain_backbone(
     from joblib import Parallel, delayed
     parts = Parallel(n_jobs, batch_size=8)(delayed(_pretraining_people)(i, per, size) for i in range(people))
     X, T = torch.from_numpy(np.concatenate([a for a, _ in parts])), torch.from_numpy(np.concatenate([b for _, b in parts]))
-    T = (T - T.mean(0)) / T.std(0).clamp(min=1e-3); torch.manual_seed(0); steps = max(1, len(X) // batch_size) * epochs
-    m = timm.create_model('vit_base_patch16_224', img_size=size, num_classes=T.shape[1], **options); losses = []
-    opt = torch.optim.AdamW(m.parameters(), lr, weight_decay=.05); schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, steps, pct_start=.1)
+    T = (T - T.mean(0)) / T.std(0).clamp(min=1e-3)
+    torch.manual_seed(0)
+    steps = max(1, len(X) // batch_size) * epochs
+    m = timm.create_model('vit_base_patch16_224', img_size=size, num_classes=T.shape[1], **options)
+    losses = []
+    opt = torch.optim.AdamW(m.parameters(), lr, weight_decay=.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, steps, pct_start=.1)
     for _ in progress(range(epochs), 'pre-training'):
         total = 0.
         for k in torch.randperm(len(X))[:len(X) // batch_size * batch_size].view(-1, batch_size):
             loss = nn.functional.smooth_l1_loss(m(normalise(X[k])), T[k]); opt.zero_grad(); loss.backward()
             nn.utils.clip_grad_norm_(m.parameters(), 1.); opt.step(); schedule.step(); total += loss.item()
         losses.append(total / max(1, len(X) // batch_size))
-    save_file({k: v.half().contiguous() for k, v in m.state_dict().items() if not k.startswith('head')}, out); return losses
+    save_file({k: v.half().contiguous() for k, v in m.state_dict().items() if not k.startswith('head')}, out)
+    return losses
 
 # %% ../nbs/01_vit_finetuning.ipynb #a282ea52
 def normalise(x: torch.Tensor) -> torch.Tensor:  # uint8 [0, 255] -> float [-1, 1]
@@ -98,7 +127,8 @@ class ImageSet(Dataset):
     def __len__(self): return len(self.y)
 
     @property
-    def n_classes(self): return self.y.shape[1] if self.y.is_floating_point() else len(self.pixels.faces.classes)
+    def n_classes(self):
+        return self.y.shape[1] if self.y.is_floating_point() else len(self.pixels.faces.classes)
 
     def subset(self, rows) -> 'ImageSet':
         "The given rows of this set (indices into this set)."
@@ -131,7 +161,13 @@ class ImageSet(Dataset):
             return
         view = copy.copy(self); s = self.size
         view.transform = v2.Resize((s, s), antialias=True) if augment is None else v2.Compose([v2.Resize((s, s), antialias=True) if augment == 1 else v2.RandomResizedCrop(s, (augment, 1), antialias=True), v2.RandomHorizontalFlip()])
-        loader = DataLoader(view, batch_size, sampler=order.tolist(), num_workers=0 if self.pixels.map is not None else workers, pin_memory=str(device) != 'cpu')
+        loader = DataLoader(
+            view,
+            batch_size,
+            sampler=order.tolist(),
+            num_workers=0 if self.pixels.map is not None else workers,
+            pin_memory=str(device) != 'cpu',
+        )
         for x, y in loader: yield normalise(x.to(device, non_blocking=True)), y.to(device, non_blocking=True)
 
 class SupportSet:
@@ -143,7 +179,8 @@ class SupportSet:
     ): self.x, self.y, self.identity = x, y, identity
     def __len__(self): return len(self.y)
     def tensors(self, rows=None, device='cpu'):
-        x, y = (self.x, self.y) if rows is None else (self.x[rows], self.y[rows]); return x.to(device), y.to(device)
+        x, y = (self.x, self.y) if rows is None else (self.x[rows], self.y[rows])
+        return x.to(device), y.to(device)
     def batches(self, batch_size, shuffle=False, device='cpu', **_):
         order = torch.randperm(len(self)) if shuffle else torch.arange(len(self))
         for k in range(0, len(self), batch_size): yield self.tensors(order[k:k + batch_size], device)
@@ -182,10 +219,16 @@ def predict(
 def _save_state(folder, model, opt, best, state):
     # everything that the next epoch depends on; the JSON is replaced last and names the tensors it belongs to
     folder.mkdir(parents=True, exist_ok=True); name = f'epoch-{state["epoch"]}.safetensors'
-    buffers = {f'momentum.{i}': opt.state[p]['momentum_buffer'] for i, p in enumerate(opt.param_groups[0]['params']) if 'momentum_buffer' in opt.state[p]}
+    buffers = {
+        f'momentum.{i}': opt.state[p]['momentum_buffer']
+        for i, p in enumerate(opt.param_groups[0]['params'])
+        if 'momentum_buffer' in opt.state[p]
+    }
     tensors = {f'model.{k}': v for k, v in model.state_dict().items()} | buffers | {f'best.{k}': v for k, v in best.items()}
     save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, folder / name)
-    tmp = folder / 'state.tmp'; tmp.write_text(json.dumps(state | {'file': name})); os.replace(tmp, folder / 'state.json')
+    tmp = folder / 'state.tmp'
+    tmp.write_text(json.dumps(state | {'file': name}))
+    os.replace(tmp, folder / 'state.json')
     for old in folder.glob('epoch-*.safetensors'):
         if old.name != name: old.unlink()
 
@@ -206,7 +249,8 @@ def fit(
     quiet: bool = False,     # no progress bar
 ) -> pd.DataFrame:           # a row an epoch: loss, val score, learning rate, kept
     "Fine-tune `model` by the recipe and leave the weights of the best validation epoch in it. Raises `FloatingPointError` on a NaN loss."
-    opt = torch.optim.SGD(model.parameters(), spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay); dev = device_of(model)
+    opt = torch.optim.SGD(model.parameters(), spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay)
+    dev = device_of(model)
     best, state = {}, dict(epoch=-1, best=-1., rows=[])
     if resume and (Path(resume) / 'state.json').exists(): best, state = _load_state(Path(resume), model, opt)
     run = speed_up(model, spec.compile, spec.checkpointing); n = math.ceil(len(train) / spec.batch_size)
@@ -219,10 +263,17 @@ def fit(
             if spec.clip: nn.utils.clip_grad_norm_(model.parameters(), spec.clip)
             opt.step(); total += loss.detach() * len(y)
         total = float(total) / len(train)
-        if not math.isfinite(total): raise FloatingPointError(f'the training loss is {total} in epoch {epoch + 1} (learning rate {opt.param_groups[0]["lr"]:.2g}). Lower train.lr or set train.clip.')
+        if not math.isfinite(total):
+            raise FloatingPointError(
+                f'the training loss is {total} in epoch {epoch + 1} (learning rate {opt.param_groups[0]["lr"]:.2g}). Lower train.lr or set train.clip.'
+            )
         val_score = score(predict(model, val, dtype=spec.precision, workers=spec.workers), val.y)
-        if val_score > state['best']: best = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}; state['best'] = val_score
-        state['rows'].append(dict(epoch=epoch + 1, loss=total, val=val_score, lr=opt.param_groups[0]['lr'])); state['epoch'] = epoch
+        if val_score > state['best']:
+            best = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+            state['best'] = val_score
+        state['rows'].append(dict(epoch=epoch + 1, loss=total, val=val_score, lr=opt.param_groups[0]['lr']))
+        state['epoch'] = epoch
         if resume: _save_state(Path(resume), model, opt, best, state)
     model.load_state_dict(best); model.eval()
-    log = pd.DataFrame(state['rows']); return log.assign(kept=log.val.eq(state['best']) & ~log.val.eq(state['best']).duplicated())
+    log = pd.DataFrame(state['rows'])
+    return log.assign(kept=log.val.eq(state['best']) & ~log.val.eq(state['best']).duplicated())

@@ -16,4 +16,5 @@ def smoke(): return load_preset('smoke')
 
 
 @pytest.fixture(scope='session')
-def data_dir(tmp_path_factory, smoke): return write_portraits(tmp_path_factory.mktemp('data'), **smoke.portraits, n_jobs=1)
+def data_dir(tmp_path_factory, smoke):
+    return write_portraits(tmp_path_factory.mktemp('data'), **smoke.portraits, n_jobs=1)

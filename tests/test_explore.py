@@ -16,7 +16,9 @@ def store(tmp_path_factory, data_dir): return RunStore(tmp_path_factory.mktemp('
 def test_a_moved_control_draws_once_and_a_set_of_them_too():
     drawn = []
     def draw(a, b): drawn.append((a, b)); return Figure(), f'a is {a} and b is {b}'
-    e = Explorer(dict(a=widgets.IntSlider(1), b=widgets.IntSlider(2)), draw); e.controls['a'].value = 3; e.set(a=5, b=6)
+    e = Explorer(dict(a=widgets.IntSlider(1), b=widgets.IntSlider(2)), draw)
+    e.controls['a'].value = 3
+    e.set(a=5, b=6)
     assert drawn == [(1, 2), (3, 2), (5, 6)] and e.sentence == 'a is 5 and b is 6' and f'alt="{e.sentence}"' in e.picture.value
 
 
@@ -37,29 +39,52 @@ def test_the_request_follows_the_data_set(store, smoke):
     e = explore_request(store, smoke); first = e.sentence; e.controls['dataset'].value = 'celebahq'
     n = e.controls['n_forget']; assert tuple(n.options) == tuple(smoke.cell('celebahq').n_forget)
     n.value = max(n.options); r = make_request(store.faces('celebahq'), n.value, 0, tuple(n.options))
-    assert e.sentence != first and f'{n.value} people hand in {n.value} portraits' in e.sentence and f'{len(r.forget):,} other images' in e.sentence
+    assert (
+        e.sentence != first
+        and f'{n.value} people hand in {n.value} portraits' in e.sentence
+        and f'{len(r.forget):,} other images' in e.sentence
+    )
 
 
 def test_the_step_scales_the_move_and_says_the_scores(store, smoke):
     e = explore_step(store, smoke); w = Walk(store, smoke); e.set(method='neggrad', c=0.)
-    start = w.at('pretrain', 0.); assert f'ToW {tug_of_war(start, w.gold):.1f} (Pretrain {start["tow"]:.1f})' in e.sentence
-    e.set(c=4.); assert f'η = {4 * w.specs["neggrad"].hyper["lr"]:.3g}' in e.sentence and f'ToW {w.at("neggrad", 4.)["tow"]:.1f}' in e.sentence
-    a, b, c = (w.model('neggrad', x).state_dict()['head.weight'].numpy() for x in (0., 1., 4.)); np.testing.assert_allclose(c - a, 4 * (b - a), atol=1e-5)
+    start = w.at('pretrain', 0.)
+    assert f'ToW {tug_of_war(start, w.gold):.1f} (Pretrain {start["tow"]:.1f})' in e.sentence
+    e.set(c=4.)
+    assert f'η = {4 * w.specs["neggrad"].hyper["lr"]:.3g}' in e.sentence and f'ToW {w.at("neggrad", 4.)["tow"]:.1f}' in e.sentence
+    a, b, c = (w.model('neggrad', x).state_dict()['head.weight'].numpy() for x in (0., 1., 4.))
+    np.testing.assert_allclose(c - a, 4 * (b - a), atol=1e-5)
 
 
 @pytest.mark.parametrize('task', ['celeba', 'mufac'])
 def test_what_a_model_says_wrongly(store, smoke, task):
-    w = Walk(store, smoke, task); m, f = w.models['pretrain'], w.faces; wrong = w.wrong(m, w.request.test); said = predict(m, ImageSet(w.pixels, w.request.test)).numpy()
+    w = Walk(store, smoke, task)
+    m, f = w.models['pretrain'], w.faces
+    wrong = w.wrong(m, w.request.test)
+    said = predict(m, ImageSet(w.pixels, w.request.test)).numpy()
     for i, row, names in zip(w.request.test, said, wrong):
-        assert names == ([c for c, s, y in zip(f.classes, row, f.targets[i]) if (s > 0) != (y > .5)] if task == 'celeba' else [f.classes[row.argmax()]] * int(row.argmax() != f.targets[i]))
+        assert names == (
+            [c for c, s, y in zip(f.classes, row, f.targets[i]) if (s > 0) != (y > 0.5)]
+            if task == 'celeba'
+            else [f.classes[row.argmax()]] * int(row.argmax() != f.targets[i])
+        )
 
 
 def test_roc_switches_and_attacks(store, smoke):
-    e = explore_roc(store, smoke, shown=('retrain',)); assert 'Retrain' in e.sentence and 'Pretrain' not in e.sentence
-    e.set(pretrain=True); loss = e.sentence; e.set(attack='RMIA'); assert 'Pretrain' in loss and e.sentence.startswith('RMIA') and e.sentence[5:] != loss[5:]
+    e = explore_roc(store, smoke, shown=('retrain',))
+    assert 'Retrain' in e.sentence and 'Pretrain' not in e.sentence
+    e.set(pretrain=True)
+    loss = e.sentence
+    e.set(attack='RMIA')
+    assert 'Pretrain' in loss and e.sentence.startswith('RMIA') and e.sentence[5:] != loss[5:]
     e.set(pretrain=False, retrain=False); assert 'no method is switched on' in e.sentence
 
 
 def test_a_portrait_keeps_its_latents_until_they_are_moved():
-    e = explore_portrait(size=48); seen = e.sentence; e.set(glasses=1.); assert 'Eyeglasses' in e.sentence.split('The annotator')[0]
-    e.controls['photo'].value = 1; e.controls['photo'].value = 0; assert e.sentence == seen, 'another photograph and back: its own latents again'
+    e = explore_portrait(size=48)
+    seen = e.sentence
+    e.set(glasses=1.)
+    assert 'Eyeglasses' in e.sentence.split('The annotator')[0]
+    e.controls['photo'].value = 1
+    e.controls['photo'].value = 0
+    assert e.sentence == seen, 'another photograph and back: its own latents again'

@@ -13,9 +13,11 @@ BIN = Path(sys.executable).parent
 def copy(tmp_path_factory):
     "A copy of what the generators read and write."
     d = tmp_path_factory.mktemp('sync')
-    for name in ('nbs', 'oneshui'): shutil.copytree(ROOT / name, d / name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
+    for name in ('nbs', 'oneshui'):
+        shutil.copytree(ROOT / name, d / name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
     shutil.copytree(ROOT / 'figures/mini', d / 'figures/mini')
-    for name in ('settings.ini', 'pyproject.toml', 'setup.py', 'README.md'): shutil.copy(ROOT / name, d / name)
+    for name in ('settings.ini', 'pyproject.toml', 'setup.py', 'README.md'):
+        shutil.copy(ROOT / name, d / name)
     return d
 
 
@@ -26,7 +28,13 @@ def test_export_is_in_sync(copy):
 
 
 def test_every_module_has_a_notebook():
-    exported = {l.split()[2] for n in NOTEBOOKS for c in json.loads(n.read_text())['cells'] for l in c['source'] if l.startswith('#| default_exp')}
+    exported = {
+        l.split()[2]
+        for n in NOTEBOOKS
+        for c in json.loads(n.read_text())['cells']
+        for l in c['source']
+        if l.startswith('#| default_exp')
+    }
     assert exported == {f.stem for f in (ROOT / 'oneshui').glob('*.py') if not f.stem.startswith('_')}
 
 
@@ -44,7 +52,9 @@ def test_notebooks_carry_their_outputs_and_no_noise():
         for o in outputs:
             assert o['output_type'] != 'error', f'{n.name}: {o.get("evalue")}'
             assert o.get('name') != 'stderr', f'{n.name}: {"".join(o["text"])[:200]}'
-            assert 'application/vnd.jupyter.widget-view+json' not in o.get('data', {}), f'{n.name}: a widget that no reader can see: run python docs/clean.py'
+            assert 'application/vnd.jupyter.widget-view+json' not in o.get(
+                'data', {}
+            ), f'{n.name}: a widget that no reader can see: run python docs/clean.py'
 
 
 def test_parameters_tag_survives():
