@@ -65,11 +65,12 @@ def alternative(c, src):
 
 
 def imported(sources, raw):
-    "What the names in a page's code stand for: name -> (module, name), (module, None) for a module itself; no name that the page also gives to something else."
+    "What the names in a page's code stand for: name -> (module, name of the definition). No name that the page also gives to something else."
     names, taken = {}, set(); own = re.search(r'default_exp (\w+)', raw)
     for node in (n for src in sources for n in ast.walk(ast.parse(re.sub(r'(?m)^\s*[%!].*$', '', src)))):
         if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('oneshui.'):
-            names |= {a.asname or a.name: (node.module[8:], a.name) for a in node.names}
+            m = node.module[8:]
+            names |= {a.asname or a.name: (m, a.name) for a in node.names} | {n: (m, n) for a in node.names if a.name == '*' for n in PUBLIC[m].__all__}
         elif isinstance(node, (ast.FunctionDef, ast.ClassDef)) and own: names[node.name] = own[1], node.name
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store): taken.add(node.id)
         elif isinstance(node, ast.arg): taken.add(node.arg)
@@ -111,6 +112,8 @@ def chapter(path):
             src = re.sub(r'(?m)(?:^> ?.*\n?)+', lambda h: ':::{note}\n' + re.sub(r'(?m)^> ?', '', h[0]).rstrip() + '\n:::\n', src)
             src = prose(src, up, seen)
         else:
+            for data in (o['data'] for o in c['outputs'] if 'text/markdown' in o.get('data', {})):
+                data['text/markdown'] = ''.join(data['text/markdown']).replace(' ± ', '\u00a0±\u00a0')   # a number and its error stay together
             if alt := alternative(c, src):
                 c = c | dict(metadata=c['metadata'] | dict(mystnb=dict(image=dict(alt=alt))))
             src = re.sub(r'(?m)^#\|.*\n?', '', src)

@@ -53,7 +53,11 @@ def write_table(
     f = (table if formatted is None else formatted).astype(str)
     for style in ('md', 'tex'): (out / f'{name}.{style}').write_text(tabular(f, style))
 
-def save_figure(fig, out: Path, name: str):
+def save_figure(
+    fig,        # matplotlib Figure
+    out: Path,  # folder, which exists
+    name: str,  # without extension
+):
     "`out/name.png` and `.svg`; the same picture gives the same file."
     import matplotlib.pyplot as plt
     plt.rcParams['svg.hashsalt'] = 'oneshui'
@@ -145,8 +149,10 @@ def variant_table(
     return pd.DataFrame(numbers), pd.DataFrame(rows)
 
 def plot_variants(
-    scores: pd.DataFrame, baseline: str, title: str = '', reference: float | None = None,  # a dotted line, e.g. Pretrain's ToW
-):
+    scores: pd.DataFrame,           # from `scores_of`
+    baseline: str,                  # the variant that is drawn in black
+    reference: dict | None = None,  # (dataset, n_forget) -> ToW of a dotted line, e.g. Pretrain's
+):                                  # figure
     "ToW of every variant, a dot a seed, a bar the mean with its 95 % interval."
     import matplotlib.pyplot as plt
     figure_style()
@@ -166,7 +172,7 @@ def plot_variants(
             yticks=range(len(labels)),
             yticklabels=labels,
             xlabel='ToW',
-            title=f'{cell[0]}, $N_S$ = {cell[1]}' + (f': {title}' if title else ''),
+            title=f'{cell[0]}, $N_S$ = {cell[1]}',
         )
         ax.set_ylim(len(labels) - .5, -.6)
         v = t.tow; ax.set_xlim(max(0, np.nanmin(v) - 4), min(101, np.nanmax(v) + 4))
@@ -186,7 +192,11 @@ def single_hyper(
 # %% ../nbs/api/analysis.ipynb #173b3b8f
 def _scores(model, sets): return {d: score(predict(model, sets[d]), sets[d].y) for d in SCORES}
 
-def in_turn(store: RunStore, s: RunSpec, parts: list) -> dict:
+def in_turn(
+    store: RunStore,
+    s: RunSpec,   # a method's run on the request
+    parts: list,  # a list of positions in the support set for each turn
+) -> dict:        # retain, forget, test, tow: 0…100
     "Scores and ToW after the people of a request asked in turn. `parts`: positions in the support set, a list a request."
     r = store.request(s)
     D = store.sets(s, r)
@@ -213,7 +223,10 @@ def _features(model, images):
 
 def _backbone(store, s, n): return create_model(s.model, n, 0)
 
-def portrait_similarity(store: RunStore, s: RunSpec) -> list:
+def portrait_similarity(
+    store: RunStore,
+    s: RunSpec,  # any run of the request
+) -> list:       # [n_f] cosines, −1…1
     "Cosine of every image of D_f (in the request's order) with its person's Support Sample."
     r = store.request(s)
     px = store.pixels(s.dataset, s.model.image_size)
@@ -326,8 +339,12 @@ def _choices(store, s, r):
             out[c].append(r.forget[mine[k]])
     return {'handed in': r.support} | {c: np.array(v) for c, v in out.items()}
 
-def with_portrait(store: RunStore, s: RunSpec, choice: str) -> dict:
-    "Scores, ToW and mean loss on D_f when each person hands in another picture; D_f without all candidates."
+def with_portrait(
+    store: RunStore,
+    s: RunSpec,   # a method's run on the request
+    choice: str,  # one of `PORTRAITS`
+) -> dict:        # retain, forget, test, tow: 0…100; forget_gap: points above Retrain; images: how many of D_f are judged
+    "Scores, ToW and what D_f is still known better than by Retrain, when each person hands in another picture; D_f without all candidates."
     r = store.request(s)
     D = store.sets(s, r)
     all_ = _choices(store, s, r)
@@ -354,7 +371,12 @@ def _population_losses(store, s, r, model, few):
     z = ImageSet(store.pixels(s.dataset, s.model.image_size), np.concatenate([r.retain, r.forget, r.val])[few])
     return task_loss(predict(model, z, dtype=s.train.precision, workers=s.train.workers), z.y, 'none').numpy()
 
-def rmia_scores(store: RunStore, s: RunSpec, views: int = 8, most: int = 30_000) -> dict:
+def rmia_scores(
+    store: RunStore,
+    s: RunSpec,          # the attacked run
+    views: int = 8,      # augmentations of each questioned image
+    most: int = 30_000,  # images of the population
+) -> dict:               # 'γ,a' -> [scores of D_f [n_f], scores of D_te [n_te]]
     "RMIA scores of D_f and D_te for every (γ, a). Population: train ∪ val, at most `most` images, each in one view (spec §4)."
     r = store.request(s)
     t = s.train
@@ -367,7 +389,13 @@ def rmia_scores(store: RunStore, s: RunSpec, views: int = 8, most: int = 30_000)
     sets = [seen(r.forget, 0), seen(r.test, 1)]
     return {f'{g},{a}': [[round(float(v), 6) for v in rmia(x, population, g, a)] for x in sets] for g, a in RMIA_GRID}
 
-def released_rmia_scores(store: RunStore, s: RunSpec, views: int = 8, most: int = 30_000, most_others: int = 7_000) -> dict:
+def released_rmia_scores(
+    store: RunStore,
+    s: RunSpec,                # the attacked run
+    views: int = 8,            # augmentations of each image
+    most: int = 30_000,        # images of the population
+    most_others: int = 7_000,  # images of D_v that D_f is held against
+) -> dict:                     # 'γ,a' -> [scores of D_f [n_f], scores of D_v [n_v]]
     "The released variant on the same models: losses, D_f against D_v, the population augmented view by view (spec §7.9)."
     r = store.request(s)
     t = s.train
@@ -454,7 +482,12 @@ def prepared_without_the_forgotten(store: RunStore, s: RunSpec) -> dict:
     "Scores when no simulated request contains a person who will really ask."
     return _prepared_otherwise(store, s, lambda D: D['retain'], s.hyper)
 
-def prepared_with_single_images(store: RunStore, s: RunSpec, singles: str, share: float = .4) -> dict:
+def prepared_with_single_images(
+    store: RunStore,
+    s: RunSpec,         # a MetaUnlearn run
+    singles: str,       # 'skip' or 'reuse', as in `simulate_requests`
+    share: float = .4,  # of the train identities that are thinned to one image
+) -> dict:              # retain, forget, test, tow: 0…100
     "Scores when `share` of the people in the meta-training have one image, which is skipped or used on both sides."
     def thinned(D):
         rng = np.random.default_rng([s.seed, 13])
@@ -466,7 +499,11 @@ def prepared_with_single_images(store: RunStore, s: RunSpec, singles: str, share
     return _prepared_otherwise(store, s, thinned, s.hyper | dict(singles=singles))
 
 @torch.no_grad()
-def scaled_as_released(store: RunStore, s: RunSpec, data_dir: str) -> dict:
+def scaled_as_released(
+    store: RunStore,
+    s: RunSpec,     # a run that has a model
+    data_dir: str,  # folder of the same data set with larger images
+) -> dict:          # ours, released: score on D_te, 0…100
     "Test scores with images from `data_dir` at their own size: 'ours' resizes with antialiasing, 'released' normalises first and resizes without."
     faces, r, size = read_faces(s.dataset, data_dir), store.request(s), s.model.image_size
     model = store.get(s).model()

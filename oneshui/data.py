@@ -452,7 +452,11 @@ def make_request(
     check_request(r, faces); return r
 
 # %% ../nbs/00_data_splits.ipynb #cee93ffc
-def portrait(faces: Faces, i: int, size: int | None = None) -> np.ndarray:
+def portrait(
+    faces: Faces,
+    i: int,                   # row of the table
+    size: int | None = None,  # edge in pixels; None: as in the file
+) -> np.ndarray:              # uint8 [h, w, 3]
     "Image `i` as uint8 [h, w, 3] (resized to `size` × `size` if given). Raises `FacesError` naming a file that cannot be decoded."
     path = faces.root / faces.paths[i]
     try:

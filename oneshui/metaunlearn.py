@@ -104,7 +104,11 @@ class _Outputs(nn.Module):
     def __init__(self, model): super().__init__(); self.model = model
     def forward(self, x): return logits_and_cls(self.model, x)
 
-def outputs(model: nn.Module, θ: dict, x: torch.Tensor) -> tuple:
+def outputs(
+    model: nn.Module,  # the network f
+    θ: dict,           # parameter name -> tensor
+    x: torch.Tensor,   # [n, 3, h, w]
+) -> tuple:            # logits [n, c], CLS features [n, d]
     "z = f_θ(x): logits and CLS features under the parameters θ."
     return functional_call(_Outputs(model), {f'model.{k}': v for k, v in θ.items()}, (x,))
 
@@ -164,7 +168,10 @@ def hypergradient(
     return [torch.zeros_like(p) if d is None else -eta * d for p, d in zip(φ, grads)], A
 
 # %% ../nbs/03_metaunlearn.ipynb #da3fb7c4
-def hypergradient_oracle(model, h, S, eta, outer, mask=0):
+def hypergradient_oracle(
+    model, h, S, eta,  # as of `hypergradient`
+    outer, mask=0,     # "
+):                     # list of dA/dφ, A as a float
     "dA/dφ by double backward through the network: slow, memory grows with every batch; for tests and benchmarks."
     θ = {k: p.requires_grad_() for k, p in _parameters(model).items()}; x, y, who = S
     with sdpa_kernel(SDPBackend.MATH):

@@ -135,12 +135,20 @@ class Canvas:
 
 # %% ../nbs/api/portraits.ipynb #eda4cd81
 _T = np.linspace(0, 2 * np.pi, 41)   # 40 edges look round up to about 300 px
-def oval(x, y, rx, ry, turn=0.):
+def oval(
+    x, y,      # centre
+    rx, ry,    # half axes
+    turn=0.,   # radians
+):
     "An ellipse as a polygon [41, 2]."
     a, b = rx * np.cos(_T), ry * np.sin(_T)
     return np.stack([x + a * np.cos(turn) - b * np.sin(turn), y + a * np.sin(turn) + b * np.cos(turn)], 1)
 
-def arc(x0, x1, y, bend, n=15):
+def arc(
+    x0, x1, y,  # ends
+    bend,       # height of the middle above them
+    n=15,       # points
+):
     "A parabola from (x0, y) to (x1, y) whose middle is `bend` higher."
     t = np.linspace(-1, 1, n)
     return np.stack([(x0 + x1) / 2 + t * (x1 - x0) / 2, y + bend * (1 - t ** 2)], 1)

@@ -308,7 +308,10 @@ def cell_metrics(
     own, gold = metrics_of(store, s), store.get(store.retrain_of(s)).metrics
     return {k: v for k, v in own.items() if not isinstance(v, (dict, list))} | dict(tow=tug_of_war(own, gold))
 
-def metrics_of(store: RunStore, s: RunSpec) -> dict:
+def metrics_of(
+    store: RunStore,
+    s: RunSpec,  # a run that is made
+) -> dict:       # as of `evaluate`
     "What `evaluate` said of a run on its request. Raises `FacesError` if there is no such run."
     return pretrain_on(store, s) if s.method == 'pretrain' else store.get(s).metrics
 
@@ -619,7 +622,8 @@ def out_folder(
     return out
 
 def open_store(
-    p: Parameters, preset: Preset,
+    p: Parameters,   # from `check_parameters`
+    preset: Preset,  # "
 ) -> RunStore:
     "The run store for these parameters; draws the embedded portraits if no data_dir is given."
     from oneshui.portraits import write_portraits

@@ -71,7 +71,10 @@ def logits_and_cls(
     if tokens.ndim == 3: return model.forward_head(tokens), tokens[:, 0]
     logits = model(x); return logits, logits[:, :0]
 
-def count_parameters(model: nn.Module) -> int: return sum(p.numel() for p in model.parameters())
+def count_parameters(
+    model: nn.Module,
+) -> int:  # numbers, not bytes
+    return sum(p.numel() for p in model.parameters())
 
 # %% ../nbs/01_vit_finetuning.ipynb #755b7298
 def _pretraining_people(i, per, size, seed=10_000):
@@ -185,7 +188,10 @@ class SupportSet:
         order = torch.randperm(len(self)) if shuffle else torch.arange(len(self))
         for k in range(0, len(self), batch_size): yield self.tensors(order[k:k + batch_size], device)
 
-def support_set(pixels: Pixels, idx: np.ndarray) -> SupportSet:
+def support_set(
+    pixels: Pixels,
+    idx: np.ndarray,  # [N_S] image indices
+) -> SupportSet:
     "Materialise the Support Samples."
     s = ImageSet(pixels, idx); return SupportSet(*s.tensors(), s.identity.copy())
 
