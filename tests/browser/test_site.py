@@ -1,12 +1,11 @@
 """The built site in a real browser: links, search, formulas, pictures; nothing comes from elsewhere. `make test-browser`."""
-import http.server, shutil, threading
+import http.server, threading
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin, urlparse
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import sync_playwright
 
 SITE = Path(__file__).resolve().parents[2] / 'build/docs/html'
 PAGES = sorted(p.relative_to(SITE).as_posix() for p in SITE.rglob('*.html'))
@@ -29,19 +28,6 @@ def url():
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Quiet)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f'http://127.0.0.1:{server.server_port}/'; server.shutdown()
-
-
-@pytest.fixture(scope='module')
-def browser():
-    with sync_playwright() as p:
-        b = p.chromium.launch(
-            executable_path=shutil.which('chromium')
-            or shutil.which('chromium-browser')
-            or shutil.which('google-chrome'),
-            args=['--no-sandbox'],
-        )
-        yield b
-        b.close()
 
 
 @pytest.fixture
