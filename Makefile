@@ -24,15 +24,16 @@ setup: $(READY) ## the virtual environment
 EVALUATION = 06_figures 07_attacks 08_ablations 09_robustness 10_similarity 11_released_code
 METASTEP   = 12_metastep 13_metastep_results
 reproduce: CHAPTERS = 05_tables
-reproduce:       ## Tables 1-3 on the embedded portraits, into figures/mini/ (PRESET=smoke|mini|paper, ARGS='-p data_dir /data')
+reproduce:       ## Tables 1-3 on the embedded portraits, into figures/mini/, and how far they are from the published ones (PRESET=smoke|mini|paper, ARGS='-p data_dir /data')
 evaluate: CHAPTERS = $(EVALUATION)
 evaluate:        ## the rest of the evaluation, on the runs of `make reproduce`: figures, attacks, ablations, robustness, similarity
 metastep: CHAPTERS = $(METASTEP)
 metastep:        ## our own method against the others over five seeds, on the same runs
+PAPERMILL = $(BIN)/papermill --no-progress-bar -k python3
 reproduce evaluate metastep: $(READY)
 	@mkdir -p build
-	for n in $(CHAPTERS); do echo "== $$n (preset $(PRESET)); finished runs are read from runs/"; \
-	  ONESHUI_PROGRESS=text $(BIN)/papermill --log-output --no-progress-bar nbs/$$n.ipynb build/$$n.ipynb -k python3 -p preset $(PRESET) $(ARGS) || exit 1; done
+	@for n in $(CHAPTERS); do echo "== $$n (preset $(PRESET)); finished runs are read from runs/"; \
+	  ONESHUI_PROGRESS=text $(PAPERMILL) --log-output nbs/$$n.ipynb build/$$n.ipynb -p preset $(PRESET) $(ARGS) || exit 1; done
 	@echo "== done: see figures/$(PRESET)/ and the executed notebooks in build/"
 
 test: $(READY)   ## export, README and notebooks in sync; unit tests; every notebook at preset smoke
@@ -44,9 +45,11 @@ export: $(READY) ## notebooks -> oneshui/
 readme: $(READY) ## nbs/index.ipynb -> README.md
 	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=remove-input --output-dir . --output README.md nbs/index.ipynb
 
+API_FIRST = core metrics readers portraits attacks presets runs experiments questions
+BOOK      = $(API_FIRST:%=api/%) 00_data_splits 01_vit_finetuning 02_baselines 03_metaunlearn 04_a100_training 05_tables $(EVALUATION) $(METASTEP) api/explore index
 notebooks: $(READY) ## execute all notebooks in place at their defaults, then clean them
-	for n in nbs/api/portraits nbs/00_data_splits nbs/api/presets nbs/api/metrics nbs/api/attacks nbs/01_vit_finetuning nbs/02_baselines nbs/03_metaunlearn nbs/04_a100_training nbs/api/runs nbs/api/analysis nbs/05_tables $(EVALUATION:%=nbs/%) $(METASTEP:%=nbs/%) nbs/api/explore nbs/index; do \
-	  echo "== $$n"; ONESHUI_PROGRESS=off $(BIN)/papermill --no-progress-bar --log-level ERROR -k python3 $$n.ipynb $$n.ipynb || exit 1; done
+	@for n in $(BOOK); do \
+	  echo "== $$n"; ONESHUI_PROGRESS=off $(PAPERMILL) --log-level ERROR nbs/$$n.ipynb nbs/$$n.ipynb || exit 1; done
 	$(BIN)/nbdev_clean && $(BIN)/python docs/clean.py && $(MAKE) readme
 
 docs: $(READY)   ## the site, from the notebooks as they are: build/docs/html/index.html

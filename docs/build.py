@@ -1,221 +1,112 @@
-"""Notebooks -> Sphinx sources in build/docs/source -> a site in build/docs/html. Called by `make docs`; no notebook is executed."""
-import ast, html, importlib, inspect, json, re, shutil, subprocess, sys
+"""Lays out the site's sources in build/docs/source as the repository has them, so that its links hold, and runs Sphinx on them.
+Called by `make docs`; no notebook is executed: pages show the committed outputs."""
+import ast, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 
-from fastcore.docments import docments
-
 ROOT = Path(__file__).resolve().parents[1]
-NBS, HERE, SITE = ROOT / 'nbs', ROOT / 'docs', ROOT / 'build/docs'
+SITE = ROOT / 'build/docs'
 SRC = SITE / 'source'
-MODULES = sorted(p.stem for p in (ROOT / 'oneshui').glob('*.py') if not p.stem.startswith('_'))
-PUBLIC = {m: importlib.import_module(f'oneshui.{m}') for m in MODULES}
-HOMES, CODE = {}, {}   # public name -> modules that define it; page -> what the names in its code stand for
-for m, mod in PUBLIC.items():
-    for n in mod.__all__: HOMES.setdefault(n, []).append(m)
 
 
-def anchor(module, name):
-    return f'oneshui.{module}.{name}{"-class" * name[0].isupper()}'.lower()   # Sphinx folds case: Method is not method
+def directives(source):
+    "What a cell says in lines `#| name: value`."
+    said = re.findall(r'(?m)^#\|\s*([\w-]+):?[ \t]*(.*)$', source)
+    return {name: value.strip() or 'true' for name, value in said}
 
 
-def link_names(text, up):
-    "`name`, `module.name` and `oneshui.module.name` in prose become links to their definitions."
-    def one(hit):
-        m, _, n = hit[1].split('(')[0].removeprefix('oneshui.').rpartition('.')
-        if not m and n in MODULES and hit[1].startswith('oneshui.'):
-            return f'[`{hit[1]}`]({up}reference/{n}.md)'
-        home = m if m in MODULES and n in PUBLIC[m].__all__ else HOMES[n][0] if not m and len(HOMES.get(n, [])) == 1 else None
-        return f'[`{hit[1]}`]({up}reference/{home}.md#{anchor(home, n)})' if home else hit[0]
-    return re.sub(r'(?<![\[`])`([A-Za-z_][\w.]*(?:\(\))?)`(?![`\]])', one, text)
+def only_imports(source):
+    "Whether a cell does nothing but import."
+    try: body = ast.parse(source).body
+    except SyntaxError: return False   # a cell with a magic
+    return bool(body) and all(isinstance(s, (ast.Import, ast.ImportFrom)) for s in body)
 
 
-def link_terms(text, seen):
-    "The first use of a glossary term on a page leads to its definition."
-    for term, spelling in TERMS:
-        if term in seen: continue
-        new, k = re.subn(
-            rf'(?<![\w`\[*$/-])({spelling})(?![\w`\]*$-])',
-            lambda h: f'{{term}}`{h[1]} <{term}>`',
-            text,
-            count=1,
-            flags=re.I,
-        )
-        if k: seen.add(term); text = new
-    return text
+def is_plumbing(source, said, tags):
+    "Cells that a reader opens when they want to: `#| code-fold`, parameters, imports, the code of pictures."
+    if 'code-fold' in said: return said['code-fold'] != 'false'
+    draws = re.match(r'def (_?plot|_?draw|explore)_?', source)
+    return 'parameters' in tags or only_imports(source) or bool(draws)
 
 
-def prose(text, up, seen):
-    "Links in a Markdown cell, leaving headings, tables' rules, maths, code and existing links alone."
-    out, fenced = [], False
-    for line in text.split('\n'):
-        if line.lstrip().startswith('```'): fenced = not fenced
-        if not fenced and not line.startswith('#'):
-            line = re.sub(r'\]\((?:\.\./)*(nbs|figures)/', lambda h: f']({up}{"figures/" if h[1] == "figures" else ""}', line)
-            parts = re.split(r'(\$[^$]*\$|`[^`]*`|\[[^\]]*\]\([^)]*\)|!\[[^\]]*\]\([^)]*\))', link_names(line, up))
-            line = ''.join(p if i % 2 or line.startswith('|') else link_terms(p, seen) for i, p in enumerate(parts))
-        out.append(line)
-    return '\n'.join(out)
+def alternative(said, outputs):
+    "A picture's alternative text: `#| fig-alt:`, or what the output says of itself."
+    pictures = [o['data'] for o in outputs if 'image/png' in o.get('data', {})]
+    texts = [''.join(d.get('text/plain', '')) for d in pictures]
+    return said.get('fig-alt') or next((t for t in texts if not t.startswith('<')), None)
 
 
-def alternative(c, src):
-    "A picture's alternative text: the cell's `#| fig-alt:` line, or what the output says of itself."
-    if m := re.search(r'(?m)^#\|\s*fig-alt: *(.+)$', src): return m[1]
-    said = [''.join(o['data'].get('text/plain', '')) for o in c['outputs'] if 'image/png' in o.get('data', {})]
-    return next((t for t in said if t and not t.startswith('<')), None)
+def code_cell(cell):
+    "A code cell without directives, its picture described, folded if it is plumbing; None if it is hidden."
+    source = ''.join(cell['source'])
+    said, tags = directives(source), list(cell['metadata'].get('tags', []))
+    if {'hide', 'default_exp'} & {*said}: return None
+    source = re.sub(r'(?m)^#\|.*\n?', '', source).strip('\n')
+    if is_plumbing(source, said, tags): tags.append('hide-input')
+    meta = dict(tags=tags)
+    if alt := alternative(said, cell['outputs']): meta['mystnb'] = dict(image=dict(alt=alt))
+    return cell | dict(source=source, metadata=meta) if source else None
 
 
-def imported(sources, raw):
-    "What the names in a page's code stand for: name -> (module, name of the definition). No name that the page also gives to something else."
-    names, taken = {}, set(); own = re.search(r'default_exp (\w+)', raw)
-    for node in (n for src in sources for n in ast.walk(ast.parse(re.sub(r'(?m)^\s*[%!].*$', '', src)))):
-        if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('oneshui.'):
-            m = node.module[8:]
-            names |= {a.asname or a.name: (m, a.name) for a in node.names} | {n: (m, n) for a in node.names if a.name == '*' for n in PUBLIC[m].__all__}
-        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)) and own: names[node.name] = own[1], node.name
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store): taken.add(node.id)
-        elif isinstance(node, ast.arg): taken.add(node.arg)
-    return {k: v for k, v in names.items() if k not in taken and v[0] in MODULES and v[1] in PUBLIC[v[0]].__all__}
-
-
-def link_code():
-    "In the pages' code, the package's modules and names become links to their definitions."
-    for page, names in CODE.items():
-        f = SITE / 'html' / page; up = '../' * page.count('/'); text = f.read_text()
-        def one(hit):
-            name = html.unescape(hit[2])
-            m, n = (name[8:], None) if hit[1] == 'nn' and name.startswith('oneshui.') else names.get(name, (None, None))
-            return f'<a href="{up}reference/{m}.html{"#" + slug(m, n) if n else ""}">{hit[0]}</a>' if m in MODULES else hit[0]
-        slug = lambda m, n: re.sub(r'[^a-z0-9]+', '-', anchor(m, n)).strip('-')
-        f.write_text(
-            re.sub(
-                r'<div class="cell_input.*?</pre>',
-                lambda block: re.sub(r'(?<!">)<span class="(n|nn|nf|nc)">([^<]+)</span>', one, block[0]),
-                text,
-                flags=re.S,
-            )
-        )
-
-
-def chapter(path):
-    "A notebook without directives and hidden cells, with links; remarks become set-off notes."
-    rel = path.relative_to(NBS)
-    up = '../' * (len(rel.parts) - 1)
+def notebook(path, out):
+    "A notebook as the site shows it; a chapter's title begins with its number."
     nb = json.loads(path.read_text())
-    cells, seen = [], set()
-    for c in nb['cells']:
-        src = ''.join(c['source'])
-        if re.match(r'#\|\s*(hide|default_exp)\b', src): continue
-        if c['cell_type'] == 'markdown':
-            # a displayed formula is a paragraph
-            src = re.sub(r'(?ms)^(\$\$.*?\$\$)([^\n]*)$', lambda h: f'\n{h[1]}\n\n{h[2]}', src)
-            src = re.sub(r'\A(# [^\n]+\n+)> ([^\n]+)', r'\1*\2*', src)
-            src = re.sub(r'(?m)(?:^> ?.*\n?)+', lambda h: ':::{note}\n' + re.sub(r'(?m)^> ?', '', h[0]).rstrip() + '\n:::\n', src)
-            src = prose(src, up, seen)
-        else:
-            for data in (o['data'] for o in c['outputs'] if 'text/markdown' in o.get('data', {})):
-                data['text/markdown'] = ''.join(data['text/markdown']).replace(' ± ', '\u00a0±\u00a0')   # a number and its error stay together
-            if alt := alternative(c, src):
-                c = c | dict(metadata=c['metadata'] | dict(mystnb=dict(image=dict(alt=alt))))
-            src = re.sub(r'(?m)^#\|.*\n?', '', src)
-        cells.append(c | dict(source=src))
-    CODE[str(rel.with_suffix('.html'))] = imported(
-        [c['source'] for c in cells if c['cell_type'] == 'code'], json.dumps(nb['cells'])
-    )
-    (SRC / rel).parent.mkdir(parents=True, exist_ok=True)
-    (SRC / rel).write_text(json.dumps(nb | dict(cells=cells)))
+    cells = [code_cell(c) if c['cell_type'] == 'code' else c for c in nb['cells']]
+    nb['cells'] = [c for c in cells if c]
+    if path.stem[:2].isdigit():
+        title = ''.join(nb['cells'][0]['source'])
+        nb['cells'][0]['source'] = re.sub(r'\A# ', f'# {int(path.stem[:2])} · ', title)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(nb))
 
 
-def cell(text): return ' '.join(str(text).split()).replace('|', '\\|')
+def told_in():
+    "module -> the notebook that exports it, in the order of the notebooks."
+    books = [p.relative_to(ROOT) for p in sorted((ROOT / 'nbs').rglob('*.ipynb'))]
+    found = [(re.search(r'#\| ?default_exp (\w+)', (ROOT / p).read_text()), p) for p in books]
+    return {m[1]: p for m, p in found if m}
 
 
-def signature(fn):
-    try: s = str(inspect.signature(fn))
-    except (TypeError, ValueError): return '()'   # an exception, say
-    s = re.sub(r'typing\.Annotated\[([\w.]+), .*?\](?= =|,|\))', r'\1', s)
-    s = re.sub(r'<function (\w+) at \w+>', r'\1', s)
-    return (
-        re.sub(r'torch\.(?:nn\.modules\.module\.)?|pathlib\._?\w*\.?|oneshui\.\w+\.', '', s)
-        .replace('(self, ', '(')
-        .replace('(self)', '()')
-        .replace("'", '')
-    )
+def reference(modules):
+    "A page a module, filled by sphinx.ext.autodoc."
+    (SRC / 'reference').mkdir()
+    for name, book in modules.items():
+        text = (f'# oneshui.{name}\n\nTold in [](../{book.as_posix()}).\n\n'
+                f'```{{eval-rst}}\n.. automodule:: oneshui.{name}\n   :members:\n```\n')
+        (SRC / f'reference/{name}.md').write_text(text)
+    intro = '# Reference\n\nA page a module; each is exported from the notebook that tells it.\n\n'
+    (SRC / 'reference/index.md').write_text(intro + toctree('', sorted(modules)))
 
 
-def entry(module, name):
-    "A definition: signature, docstring, a table of its parameters, where it is told."
-    obj = getattr(PUBLIC[module], name); out = [f'({anchor(module, name)})=', f'## {name}', '']
-    if not callable(obj):
-        return '\n'.join(out + ['```python', f'{name} = {cell(repr(obj))[:300]}', '```', ''])
-    fn = obj.__init__ if inspect.isclass(obj) and '__init__' in vars(obj) else obj
-    out += [
-        '```python',
-        f'{"class " if inspect.isclass(obj) else ""}{name}{signature(fn)}',
-        '```',
-        '',
-        (inspect.getdoc(obj) or '').strip(),
-        '',
-    ]
-    try: params = {k: v for k, v in docments(fn, full=True).items() if k != 'self'}
-    except Exception: params = {}
-    rows = [(k, v) for k, v in params.items() if v.get('docment')]
-    if rows:
-        out += (
-            ['| | meaning | default |', '|---|---|---|']
-            + [
-                f'| {"*returns*" if k == "return" else f"`{k}`"} | {cell(v["docment"])} | {"" if k == "return" or v["default"] is inspect.Parameter.empty else f"`{cell(v.default)}`"} |'
-                for k, v in rows
-            ]
-            + ['']
-        )
-    for k, v in vars(obj).items() if inspect.isclass(obj) else ():
-        f = v.fget if isinstance(v, property) else v
-        if not k.startswith('_') and inspect.isfunction(f) and inspect.getdoc(f):
-            out += [f'`.{k}{"" if isinstance(v, property) else signature(f)}`', f': {inspect.getdoc(f)}', '']
-    return '\n'.join(out)
+def toctree(caption, pages):
+    head = f':hidden:\n:caption: {caption}\n' if caption else ':maxdepth: 2\n'
+    return f'```{{toctree}}\n{head}\n' + '\n'.join(pages) + '\n```\n'
 
 
-def reference():
-    (SRC / 'reference').mkdir(parents=True); told = {}
-    for p in NBS.rglob('*.ipynb'):
-        if m := re.search(r'#\| default_exp (\w+)', p.read_text()): told[m[1]] = p.relative_to(NBS)
-    for m in MODULES:
-        head = f'# oneshui.{m}\n\n{inspect.getdoc(PUBLIC[m]) or ""}\n\nTold in [{told[m].stem}](../{told[m]}).\n\n'
-        (SRC / f'reference/{m}.md').write_text(head + '\n'.join(entry(m, n) for n in PUBLIC[m].__all__))
-    (SRC / 'reference/index.md').write_text(
-        '# Reference\n\nA page a module; each is exported from the notebook that tells it.\n\n```{toctree}\n:maxdepth: 2\n\n'
-        + '\n'.join(MODULES)
-        + '\n```\n'
-    )
+def front_page():
+    "The README, and the site's table of contents."
+    pages = lambda pattern: sorted(f'nbs/{p.relative_to(ROOT / "nbs").with_suffix("")}' for p in (ROOT / 'nbs').glob(pattern))
+    look_up = ['docs/glossary', 'reference/index', 'docs/contributing', 'docs/references']
+    look_up = [p for p in look_up if (SRC / p).with_suffix('.md').exists()]
+    trees = [('Chapters', pages('[0-9]*.ipynb')), ('Tools', pages('api/*.ipynb')), ('Look up', look_up)]
+    (SRC / 'index.md').write_text((ROOT / 'README.md').read_text() + '\n' + '\n'.join(toctree(*t) for t in trees))
 
 
-def main():
-    global TERMS
-    shutil.rmtree(SRC, ignore_errors=True); SRC.mkdir(parents=True)
-    for f in HERE.iterdir():
-        if f.name not in ('build.py', '__pycache__'):
-            (shutil.copytree if f.is_dir() else shutil.copy)(f, SRC / f.name)
-    shutil.copy(ROOT / 'settings.ini', SRC)
-    shutil.copytree(
-        ROOT / 'figures/mini',
-        SRC / 'figures/mini',
-        ignore=lambda d, names: [n for n in names if not n.endswith('.png')],
-    )
-    TERMS = [(t, s) for t, s in re.findall(r'(?m)^([^\s:%{`#][^%\n]*?) *% *(.+)$', (HERE / 'glossary.md').read_text())]
-    g = SRC / 'glossary.md'
-    g.write_text(re.sub(r'(?m)^([^\s:%{`#][^%\n]*?) *% *.+$', r'\1', g.read_text()))
-    for p in sorted(NBS.rglob('*.ipynb')):
-        if '.ipynb_checkpoints' not in p.parts: chapter(p)
-    reference()
-    chapters = sorted(p.stem for p in NBS.glob('[0-9]*.ipynb'))
-    api = [p.stem for p in sorted((NBS / 'api').glob('*.ipynb'))]
-    index = json.loads((SRC / 'index.ipynb').read_text())
-    toc = lambda caption, pages: f'```{{toctree}}\n:hidden:\n:caption: {caption}\n\n' + '\n'.join(pages) + '\n```'
-    index['cells'].append(dict(cell_type='markdown', metadata={}, id='toc', source='\n\n'.join([toc('Chapters', chapters), toc('Tools', [f'api/{a}' for a in api]), toc('Look up', ['reference/index', 'glossary', 'references'])])))
-    (SRC / 'index.ipynb').write_text(json.dumps(index))
-    failed = subprocess.run(
-        [sys.executable, '-m', 'sphinx', '-b', 'html', '-W', '--keep-going', '-q', '-j', 'auto', SRC, SITE / 'html']
-    ).returncode
-    link_code(); sys.exit(failed)
+def lay_out():
+    shutil.rmtree(SRC, ignore_errors=True)
+    python = shutil.ignore_patterns('*.py', '__pycache__')
+    shutil.copytree(ROOT / 'docs', SRC / 'docs', ignore=python)
+    shutil.copytree(ROOT / 'figures/published', SRC / 'figures/published')
+    shutil.copytree(ROOT / 'oneshui/presets', SRC / 'oneshui/presets')
+    shutil.copy(ROOT / 'CITATION.cff', SRC)
+    for p in (ROOT / 'nbs').rglob('*.ipynb'):
+        if p.stem != 'index' and '.ipynb_checkpoints' not in p.parts:
+            notebook(p, SRC / p.relative_to(ROOT))
+    reference(told_in())
+    front_page()
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    lay_out()
+    sphinx = [sys.executable, '-m', 'sphinx', '-b', 'html', '-W', '--keep-going', '-q', '-j', 'auto']
+    here = os.pathsep.join([str(ROOT), str(ROOT / 'docs'), os.environ.get('PYTHONPATH', '')])
+    sys.exit(subprocess.run([*sphinx, '-c', ROOT / 'docs', SRC, SITE / 'html'], env=os.environ | dict(PYTHONPATH=here)).returncode)

@@ -7,6 +7,7 @@ import torch
 
 from oneshui.portraits import write_portraits
 from oneshui.presets import load_preset
+from oneshui.runs import RunStore
 
 torch.set_num_threads(2)
 
@@ -18,3 +19,9 @@ def smoke(): return load_preset('smoke')
 @pytest.fixture(scope='session')
 def data_dir(tmp_path_factory, smoke):
     return write_portraits(tmp_path_factory.mktemp('data'), **smoke.portraits, n_jobs=1)
+
+
+@pytest.fixture(scope='session')
+def shared(tmp_path_factory, data_dir):
+    "One store for tests that only add to it."
+    return RunStore(tmp_path_factory.mktemp('shared'), data_dir)

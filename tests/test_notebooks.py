@@ -1,138 +1,187 @@
-"""Every notebook runs from top to bottom at the smallest preset; 05_tables headless, from both folders, twice; 06-13 on its store."""
-import json, os, subprocess, sys, time
+"""Every notebook from top to bottom at preset smoke, two at a time.
+
+05_tables runs from both folders, twice, and on a user's CSV; 06-13 run on its store.
+"""
+import json
+import os
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from test_outside import write_staff
+
+from oneshui.methods import method_rows
+from oneshui.readers import read_faces
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
-EVALUATION = [
-    '06_figures',
-    '07_attacks',
-    '08_ablations',
-    '09_robustness',
-    '10_similarity',
-    '11_released_code',
-    '12_metastep',
-    '13_metastep_results',
-]
-NOTEBOOKS = sorted(p.relative_to(ROOT) for p in (ROOT / 'nbs').rglob('*.ipynb') if p.stem not in ('05_tables', *EVALUATION))
+PICTURE, TABLE = ('png', 'svg'), ('csv', 'md', 'tex')
 
 
-def papermill(notebook, out, *args, cwd=ROOT):
-    env = os.environ | dict(ONESHUI_PROGRESS='off')
+def named(name, *extensions): return [f'{name}.{e}' for e in extensions]
+
+
+EVALUATION = {   # notebook -> files that it leaves
+    '06_figures': ['split_celeba.png', 'split_celebahq.svg', 'split_mufac.png',
+                   'scatter.svg', 'tow.png', 'roc.svg', 'similarity.png',
+                   'meta_training.svg'],
+    '07_attacks': ['attack_rmia.md', 'attack_change.tex', 'attacks.csv', 'attacks.png'],
+    '08_ablations': [f for group in 'objective inputs distance steps requests'.split()
+                     for f in named(f'ablation_{group}', *TABLE, *PICTURE)],
+    '09_robustness': ['robustness.md', 'single.csv', *named('sequence', 'tex', 'png')],
+    '10_similarity': ['similarity.csv', 'similarity_images.md',
+                      'similarity_portrait.svg'],
+    '11_released_code': named('released_code', 'csv', 'md'),
+    '12_metastep': [],
+    '13_metastep_results': ['metastep_why.md', 'ablation_metastep.png',
+                            'metastep_attacks.tex',
+                            *named('metastep_comparison', 'csv', 'svg')],
+}
+PLAIN = [str(p.relative_to(ROOT)) for p in sorted((ROOT / 'nbs').rglob('*.ipynb'))
+         if p.stem not in ('05_tables', *EVALUATION)
+         and '.ipynb_checkpoints' not in p.parts]
+
+
+def papermill(notebook, out, cwd=ROOT, **parameters):
+    "Execute a notebook in a process of its own, with one thread for each process."
+    given = [str(x) for k, v in parameters.items() for x in ('-p', k, v)]
+    env = os.environ | dict(ONESHUI_PROGRESS='off', OMP_NUM_THREADS='1')
     return subprocess.run(
-        [BIN / 'papermill', '--no-progress-bar', '--log-level', 'ERROR', '-k', 'python3', notebook, out, *args],
-        cwd=cwd,
-        env=env,
-        capture_output=True,
-        text=True,
-    )
+        [BIN / 'papermill', '--no-progress-bar', '--log-level', 'ERROR',
+         '-k', 'python3', notebook, out, *given],
+        cwd=cwd, env=env, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize('notebook', NOTEBOOKS, ids=str)
-def test_notebook_runs(notebook, tmp_path):
-    has_preset = any('parameters' in c['metadata'].get('tags', []) for c in json.loads((ROOT / notebook).read_text())['cells'])
-    r = papermill(notebook, tmp_path / 'out.ipynb', *(['-p', 'preset', 'smoke'] if has_preset else []))
-    assert r.returncode == 0, r.stderr[-3000:]
+def two_at_a_time(run, names):
+    "name -> what the run of its notebook returned."
+    with ThreadPoolExecutor(2) as two: return dict(zip(names, two.map(run, names)))
+
+
+def has_parameters(notebook):
+    cells = json.loads((ROOT / notebook).read_text())['cells']
+    return any('parameters' in c['metadata'].get('tags', []) for c in cells)
+
+
+@pytest.fixture(scope='module')
+def plain(tmp_path_factory):
+    d = tmp_path_factory.mktemp('plain')
+    run = lambda n: papermill(n, d / n.replace('/', '-'),
+                              **(dict(preset='smoke') if has_parameters(n) else {}))
+    return two_at_a_time(run, PLAIN)
+
+
+@pytest.mark.parametrize('notebook', PLAIN)
+def test_notebook_runs(plain, notebook):
+    assert plain[notebook].returncode == 0, plain[notebook].stderr[-3000:]
+
+
+# The tables, and what stands on their store
+
+def run_on(d, notebook, out, figures='figures', **more):
+    "A notebook at smoke on the store in a folder."
+    return papermill(notebook, d / f'{out}.ipynb', preset='smoke', store=d / 'runs',
+                     out_dir=d / figures, **more)
 
 
 @pytest.fixture(scope='module')
 def tables(tmp_path_factory):
     d = tmp_path_factory.mktemp('tables')
-    r = papermill(
-        'nbs/05_tables.ipynb',
-        d / 'out.ipynb',
-        '-p',
-        'preset',
-        'smoke',
-        '-p',
-        'store',
-        d / 'runs',
-        '-p',
-        'out_dir',
-        d / 'figures',
-    )
+    r = run_on(d, 'nbs/05_tables.ipynb', 'tables')
     assert r.returncode == 0, r.stderr[-3000:]
     return d
 
 
 def test_tables_headless(tables):
     results = pd.read_csv(tables / 'figures/results.csv')
-    assert (
-        list(results.columns) == ['dataset', 'n_forget', 'seed', 'method', 'metric', 'value']
-        and not results.value.isna().any()
-    )
+    columns = ['dataset', 'n_forget', 'seed', 'method', 'metric', 'value']
+    assert list(results.columns) == columns and not results.value.isna().any()
     assert {'retain', 'forget', 'test', 'mia', 'tow', 'seconds'} <= set(results.metric)
-    assert set(results.method) == {
-        'pretrain',
-        'retrain',
-        'neggrad',
-        'ssd',
-        'pgu',
-        'jit',
-        'metaunlearn',
-        'metastep',
-        'scrub',
-        'bad_teacher',
-    }
-    assert (results.query('method == "retrain" and metric == "tow"').value == 100).all()
+    assert set(results.method) == set(method_rows())
+    tow = results[results.metric == 'tow'].set_index('method').value
+    assert (tow['retrain'] == 100).all() and (tow['pretrain'] < 100).all()
     for name in ('table1_celebahq', 'table2_celeba', 'table3_mufac'):
-        for ext in ('csv', 'md', 'tex', 'png', 'svg'):
-            assert (tables / f'figures/{name}.{ext}').stat().st_size > 100
+        for f in named(name, *TABLE, *PICTURE):
+            assert (tables / 'figures' / f).stat().st_size > 100, f
 
 
-def test_tables_again_from_the_other_folder_are_the_same_and_make_nothing(tables):
-    before = {p: p.stat().st_mtime_ns for p in (tables / 'runs').rglob('metrics*.json')}
-    r = papermill('05_tables.ipynb', tables / 'again.ipynb', '-p', 'preset', 'smoke', '-p', 'store', tables / 'runs', '-p', 'out_dir', tables / 'again', cwd=ROOT / 'nbs')
+def test_tables_again_from_the_other_folder_make_nothing(tables):
+    made = lambda: {p: p.stat().st_mtime_ns for p in (tables / 'runs').rglob('*')
+                    if p.suffix in ('.json', '.safetensors')}
+    before = made()
+    r = run_on(tables, '05_tables.ipynb', 'again', 'again', cwd=ROOT / 'nbs')
     assert r.returncode == 0, r.stderr[-3000:]
-    assert {p: p.stat().st_mtime_ns for p in (tables / 'runs').rglob('metrics*.json')} == before, 'a finished run was made again'
+    assert made() == before, 'a finished run was made again'
     for name in ('results.csv', 'table1_celebahq.md', 'table3_mufac.tex'):
-        assert (tables / 'again' / name).read_bytes() == (tables / 'figures' / name).read_bytes()
+        again, first = (tables / d / name for d in ('again', 'figures'))
+        assert again.read_bytes() == first.read_bytes()
+
+
+def test_tables_of_a_csv_of_a_user(tmp_path, data_dir):
+    write_staff(tmp_path, read_faces('celeba', data_dir))
+    r = run_on(tmp_path, 'nbs/05_tables.ipynb', 'staff', datasets='["staff.csv"]',
+               data_dir=tmp_path)
+    assert r.returncode == 0, r.stderr[-3000:]
+    results = pd.read_csv(tmp_path / 'figures/results.csv')
+    assert set(results.dataset) == {'staff.csv'}
+    assert 'Retrain' in (tmp_path / 'figures/table_staff.md').read_text()
 
 
 @pytest.fixture(scope='module')
 def evaluation(tables):
-    run = lambda n: papermill(f'nbs/{n}.ipynb', tables / f'{n}.ipynb', '-p', 'preset', 'smoke', '-p', 'store', tables / 'runs', '-p', 'out_dir', tables / 'figures', '-p', 'n_jobs', '1')
-    with ThreadPoolExecutor(2) as two:
-        return dict(zip(EVALUATION, two.map(run, EVALUATION)))   # two processes in one store, as it happens
+    "Two processes in one store, as it happens."
+    run = lambda n: run_on(tables, f'nbs/{n}.ipynb', n, n_jobs=1)
+    return two_at_a_time(run, EVALUATION)
 
 
-@pytest.mark.parametrize('notebook, files', list(zip(EVALUATION, [
-    ['split_celeba.png', 'split_celebahq.svg', 'split_mufac.png', 'scatter.svg', 'tow.png', 'roc.svg', 'similarity.png', 'meta_training.svg'], ['attack_rmia.md', 'attack_change.tex', 'attacks.csv', 'attacks.png'],
-    [f'ablation_{g}.{e}' for g in ('objective', 'inputs', 'distance', 'steps', 'requests') for e in ('csv', 'md', 'tex', 'png', 'svg')], ['robustness.md', 'single.csv', 'sequence.tex', 'sequence.png'],
-    ['similarity.csv', 'similarity_images.md', 'similarity_portrait.svg'], ['released_code.csv', 'released_code.md'], [],
-    ['metastep_why.md', 'metastep_comparison.csv', 'metastep_comparison.svg', 'ablation_metastep.png', 'metastep_attacks.tex']])))
-def test_evaluation_headless(evaluation, tables, notebook, files):
+@pytest.mark.parametrize('notebook', EVALUATION)
+def test_evaluation_headless(evaluation, tables, notebook):
     assert evaluation[notebook].returncode == 0, evaluation[notebook].stderr[-3000:]
-    for f in files: assert (tables / 'figures' / f).stat().st_size > 100, f
+    for f in EVALUATION[notebook]:
+        assert (tables / 'figures' / f).stat().st_size > 100, f
 
 
 def test_evaluation_tables_hold_numbers(evaluation, tables):
     read = lambda n: pd.read_csv(tables / f'figures/{n}.csv')
     a = read('attacks')
-    assert (
-        set(a.attack) == {'loss', 'loss_released', 'rmia', 'rmia_best'}
-        and a.auc.between(0, 100).all()
-        and len(a) == 4 * 3 * 10
-    ), 'one seed: no U-LiRA'
+    assert set(a.attack) == {'loss', 'loss_released', 'rmia', 'rmia_best'}
+    assert a.auc.between(0, 100).all() and len(a) == 4 * 3 * 10, 'one seed: no U-LiRA'
     r = read('released_code')
-    assert {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12} == set(r.item) and r[['paper', 'code', 'difference']].notna().all().all()
+    assert {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12} == set(r.item)
+    assert r[['paper', 'code', 'difference']].notna().all().all()
     steps = read('ablation_steps')
-    assert len(steps) == 5 and (steps.n == 1).all() and steps.tow_half.isna().all(), 'one seed has no interval'
+    assert len(steps) == 5 and (steps.n == 1).all()
+    assert steps.tow_half.isna().all(), 'one seed has no interval'
 
 
-@pytest.mark.parametrize('args, says', [
-    (['-p', 'presett', 'smoke'], 'Valid: preset, data_dir, datasets, seeds'),
-    (['-p', 'preset', 'huge'], 'Valid: smoke, mini, paper'),
-    (['-p', 'datasets', '["lfw"]'], 'Valid: celebahq, celeba, mufac'),
-    (['-p', 'seeds', '["a"]'], 'seeds'),
-    (['-p', 'data_dir', '/nowhere'], '/nowhere: no such folder'),
-    (['-p', 'preset', 'paper'], 'needs data_dir'),
-])
-def test_bad_parameters_fail_at_once(args, says, tmp_path):
-    t = time.time(); r = papermill('nbs/05_tables.ipynb', tmp_path / 'out.ipynb', *args)
-    assert r.returncode != 0 and says in r.stderr, r.stderr[-1500:]
-    assert time.time() - t < 60
+# Parameters that cannot be
+
+BAD = [
+    (dict(presett='smoke'), 'unknown parameter presett. Valid: preset, data_dir'),
+    (dict(preset='huge'), 'Valid: smoke, mini, paper'),
+    (dict(datasets='["lfw"]'), 'Valid: celebahq, celeba, mufac'),
+    (dict(seeds='["a"]'), 'parameter seeds'),
+    (dict(data_dir='/nowhere'), '/nowhere: no such folder'),
+    (dict(preset='paper'), 'needs data_dir'),
+]
+
+
+@pytest.fixture(scope='module')
+def refused(tmp_path_factory):
+    d = tmp_path_factory.mktemp('bad')
+
+    def run(i):
+        t = time.time()
+        r = papermill('nbs/05_tables.ipynb', d / f'{i}.ipynb', **BAD[i][0])
+        return r, time.time() - t
+    return two_at_a_time(run, range(len(BAD)))
+
+
+@pytest.mark.parametrize('i', range(len(BAD)), ids=[say for _, say in BAD])
+def test_bad_parameters_fail_at_once(refused, i):
+    r, seconds = refused[i]
+    assert r.returncode != 0 and BAD[i][1] in r.stderr, r.stderr[-1500:]
+    assert seconds < 60
