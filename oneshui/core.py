@@ -6,11 +6,12 @@
 __all__ = ['OneshuiError', 'DataError', 'PresetError', 'StoreError', 'NumbersError', 'default_device', 'device_of', 'precision',
            'speed_up', 'same_noise', 'progress', 'Registry', 'Spec', 'digest', 'write_atomically', 'project_root']
 
-# %% ../nbs/api/core.ipynb #0047fe06
+# %% ../nbs/api/core.ipynb #6690686c
 import contextlib, hashlib, json, os
 from importlib.metadata import entry_points
 from pathlib import Path
 import torch
+from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 from tqdm.auto import tqdm as auto_tqdm
@@ -76,9 +77,10 @@ def same_noise(
         torch.manual_seed(seed)
         yield
 
-# %% ../nbs/api/core.ipynb #63f67a86
+# %% ../nbs/api/core.ipynb #865c32bc
 def progress(
-    iterable, desc: str,
+    iterable,         # anything to go through
+    desc: str,        # what is being done
     total: int | None = None,
     quiet: bool = False,      # no bar at all
 ):
@@ -90,7 +92,7 @@ def progress(
     hidden = True if quiet or how == 'off' else None   # None: hidden unless a terminal
     return auto_tqdm(iterable, desc, total, disable=hidden, leave=False)
 
-# %% ../nbs/api/core.ipynb #bea257b1
+# %% ../nbs/api/core.ipynb #66066823
 class Registry(dict):
     "name -> declaration; asking for a name that is not there says which are."
     def __init__(self,
@@ -102,22 +104,27 @@ class Registry(dict):
 
     def load(self) -> 'Registry':
         "Import what other packages have declared, once."
-        if not self._loaded:
-            self._loaded = True
-            for e in entry_points(group=self.group): e.load()
+        entries = [] if self._loaded else entry_points(group=self.group)
+        self._loaded = True
+        for e in entries: e.load()
         return self
-
-    def add(self, name: str, declared):
-        "Declare. Raises `PresetError` where another module has declared the name."
-        taken = self.get(name)   # an open chapter declares again what its module has
-        if taken and len({taken.home, declared.home, '__main__'}) == 3:
-            raise PresetError(f'{self.kind} "{name}" is declared in {taken.home} and '
-                              f'again in {declared.home}. Rename one of them.')
-        self[name] = declared
 
     def __missing__(self, name):
         if name in self.load(): return self[name]   # another package has it
         raise PresetError(f'{self.kind} "{name}" is unknown. Valid: {", ".join(self)}.')
+
+# %% ../nbs/api/core.ipynb #1626713d
+@patch
+def add(self: Registry,
+    name: str,
+    declared,   # has a `home`, the name of its module
+):
+    "Declare. Raises `PresetError` where another module has declared the name."
+    taken = self.get(name)   # an open chapter declares again what its module has
+    if taken and len({taken.home, declared.home, '__main__'}) == 3:
+        raise PresetError(f'{self.kind} "{name}" is declared in {taken.home} and '
+                          f'again in {declared.home}. Rename one of them.')
+    self[name] = declared
 
 # %% ../nbs/api/core.ipynb #e093fdc6
 class Spec(BaseModel):

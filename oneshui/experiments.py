@@ -38,17 +38,18 @@ def compare_arms(
             table.append(row)
     return pd.DataFrame(table)
 
-# %% ../nbs/api/experiments.ipynb #ad7fec37
+# %% ../nbs/api/experiments.ipynb #2c93b773
 def table_of(
     numbers: pd.DataFrame,  # from `compare_arms`
     value: str = 'tow',
     beside: tuple = SCORES,
-    digits: int = 1,
+    digits: dict | None = None,  # column -> digits after the point, if not one
 ) -> pd.DataFrame:          # of strings, for `tabular`
     "A comparison for readers."
     varied = [c for c in ('method', *CELL) if c in numbers and numbers[c].nunique() > 1]
     said = numbers[[*varied, 'label']].map(lambda v: title_of(str(v)))
-    both = lambda c: [pm(*x, digits) for x in zip(numbers[c], numbers[f'{c}_half'])]
+    pairs = lambda c: zip(numbers[c], numbers[f'{c}_half'])
+    both = lambda c: [pm(*x, (digits or {}).get(c, 1)) for x in pairs(c)]
     for c in (*beside, value): said[title_of(c)] = both(c)
     bare = numbers.verdict.isin(['', '–'])
     if not bare.all():

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Positive', 'Share', 'Count', 'METHODS', 'importance', 'damping', 'settings_of', 'settings_table', 'Method',
-           'in_words', 'method', 'neggrad', 'ssd_prepare', 'ssd', 'method_title', 'one_shot', 'method_rows',
-           'projected_layers', 'input_rows', 'input_covariance', 'spectrum', 'projection', 'pgu_loss', 'pgu_prepare',
-           'pgu', 'away', 'noisy', 'lipschitz', 'jit', 'divergence', 'told', 'kind_of', 'distil', 'scrub', 'randomise',
-           'bad_teacher']
+           'in_words', 'method', 'one_default', 'neggrad', 'ssd_prepare', 'ssd', 'method_title', 'one_shot',
+           'method_rows', 'projected_layers', 'input_rows', 'input_covariance', 'spectrum', 'projection', 'pgu_loss',
+           'pgu_prepare', 'pgu', 'away', 'noisy', 'lipschitz', 'jit', 'divergence', 'told', 'kind_of', 'distil',
+           'scrub', 'randomise', 'bad_teacher']
 
 # %% ../nbs/02_baselines.ipynb #e03ba2f9
 import copy, inspect
@@ -165,7 +165,7 @@ def unlearn(self: Method,
     θ_u = self.unlearn_fn(copy.deepcopy(model).eval(), support, state, **settings)
     return θ_u.eval()
 
-# %% ../nbs/02_baselines.ipynb #fa7d2e9b
+# %% ../nbs/02_baselines.ipynb #41b651ce
 METHODS = Registry('method', 'oneshui.methods')
 
 def method(
@@ -180,10 +180,22 @@ def method(
     if access not in ('one-shot', 'full'):
         raise PresetError(f'{title}: access = "{access}". Valid: one-shot, full.')
     def declare(fn):
+        one_default(title, settings_of(prepare), settings_of(fn))
         said = fn.__name__, title, access, source, colour, version
         METHODS.add(fn.__name__, Method(*said, prepare, fn, fn.__module__))
         return fn
     return declare
+
+# %% ../nbs/02_baselines.ipynb #5e298235
+def one_default(
+    title: str,                # of the method, for the message
+    first: dict, second: dict, # settings of both moments
+):
+    "Raise `PresetError` if a setting of both moments has two defaults."
+    twice = [k for k in first if k in second and first[k].default != second[k].default]
+    if not twice: return
+    raise PresetError(f'{title}: {", ".join(twice)} has one default to prepare with, '
+                      'another to unlearn with. Give both the same.')
 
 # %% ../nbs/02_baselines.ipynb #a0f84918
 @method('NegGrad', source='Thudi et al. 2022', colour='#0173b2')
@@ -231,11 +243,11 @@ def method_rows() -> list:
     few = one_shot()
     return ['pretrain', 'retrain', *few, *(k for k in METHODS if k not in few)]
 
-# %% ../nbs/02_baselines.ipynb #102c5ef6
+# %% ../nbs/02_baselines.ipynb #d47190d7
 def projected_layers(
     model: nn.Module,
 ) -> dict:             # name -> layer
-    "Linear layers and convolutions; not grouped ones, whose weights see parts of a patch."
+    "Layers whose weight multiplies all of their input: Linear, Conv2d without groups."
     def fits(m):
         return isinstance(m, nn.Linear) or isinstance(m, nn.Conv2d) and m.groups == 1
     return {k: m for k, m in model.named_modules() if fits(m)}

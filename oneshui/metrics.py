@@ -6,14 +6,13 @@
 __all__ = ['METRICS', 'task_loss', 'mean_average_precision', 'score', 'batch_score', 'tug_of_war', 'Outputs', 'Metric', 'metric',
            'scores', 'tow']
 
-# %% ../nbs/api/metrics.ipynb #d5680497
-import inspect, warnings
+# %% ../nbs/api/metrics.ipynb #47bfbb9e
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 import numpy as np, torch
 import torch.nn.functional as F
-from torchmetrics.functional.classification import multilabel_average_precision
+from torchmetrics.functional.classification import binary_average_precision
 from .core import Registry
 
 # %% ../nbs/api/metrics.ipynb #b311f298
@@ -28,18 +27,18 @@ def task_loss(
     else: loss = F.cross_entropy(logits, y, reduction='none')
     return loss.mean() if reduction == 'mean' else loss
 
-# %% ../nbs/api/metrics.ipynb #53994792
+# %% ../nbs/api/metrics.ipynb #4e00d860
 def mean_average_precision(
     logits: torch.Tensor,  # [n, c]
     y: torch.Tensor,       # [n, c] of 0/1
     absent: str = 'skip',  # attributes without a positive: 'skip' (undefined) or 'zero'
 ) -> float:                # 0…100
     "Macro mAP × 100, in double precision. NaN if no attribute has a positive."
-    seen = y.sum(0) > 0
-    if not seen.any(): return float('nan')
-    p, y = logits.double().sigmoid()[:, seen], y[:, seen].long()
-    each = multilabel_average_precision(p, y, p.shape[1], average=None, thresholds=None)
-    return float(100 * each.sum() / (len(seen) if absent == 'zero' else seen.sum()))
+    seen = [j for j in range(y.shape[1]) if y[:, j].any()]
+    if not seen: return float('nan')
+    p, y = logits.double().sigmoid(), y.long()
+    each = [float(binary_average_precision(p[:, j], y[:, j])) for j in seen]
+    return 100 * sum(each) / (y.shape[1] if absent == 'zero' else len(seen))
 
 def score(
     logits: torch.Tensor,  # [n, c]

@@ -7,13 +7,13 @@ __all__ = ['PRESETS', 'Cell', 'Preset', 'for_request', 'check_settings', 'load_p
            'unknown_parameters', 'given_parameters', 'check_folder', 'check_parameters', 'published_folder',
            'out_folder']
 
-# %% ../nbs/api/presets.ipynb #15a9e2b2
+# %% ../nbs/api/presets.ipynb #c6182f2b
 import importlib.resources, json
 from pathlib import Path
 import pandas as pd
 from fastcore.basics import patch
 from pydantic import ValidationError
-import oneshui.metastep   # declares MetaUnlearn and MetaStep
+import oneshui.metastep   # noqa: F401, it declares MetaUnlearn and MetaStep
 from .core import PresetError, Spec, project_root
 from .methods import METHODS
 from .readers import DATASETS, get_dataset
@@ -123,11 +123,11 @@ def load_preset(
         raise PresetError(f'{path}: {e}') from e
     return preset
 
-# %% ../nbs/api/presets.ipynb #7371f071
+# %% ../nbs/api/presets.ipynb #6097980f
 def hyper_table(
     preset: Preset,
     dataset: str,  # name of a data set
-) -> pd.DataFrame: # a row a method, a column a request size
+) -> pd.DataFrame: # rows: methods, columns: request sizes
     "A preset's settings of the methods on one data set."
     cell = preset.cell(dataset)
     said = lambda h: ', '.join(f'{k} {v}' for k, v in h.items()) or 'defaults'

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['PORTRAITS', 'ONE_SEED', 'judged', 'unlearned', 'in_turn', 'split_request', 'single_hyper', 'features',
            'portrait_similarity', 'images_of', 'forgetting_by_image', 'in_bins', 'person_sums', 'progress_rows',
-           'progress_by_bin', 'portrait_choices', 'with_portrait', 'prepared_otherwise',
+           'progress_by_bin', 'plot_progress', 'portrait_choices', 'with_portrait', 'prepared_otherwise',
            'prepared_without_the_forgotten', 'thinned', 'prepared_with_single_images', 'scaled_as_released',
            'released_rmia_scores', 'reference_losses', 'lira_scores', 'power', 'attack_scores', 'strongest',
            'metric_of', 'attack_row', 'attack_runs']
 
-# %% ../nbs/api/questions.ipynb #b6815bf8
+# %% ../nbs/api/questions.ipynb #618f28ee
 import math
-import numpy as np, pandas as pd, torch
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from torchvision.transforms import v2
 from joblib import Parallel, delayed
 from .attacks import attack_summary, augmented_losses, lira, rmia_grid
@@ -22,7 +22,8 @@ from .methods import METHODS
 from .metrics import score, tug_of_war
 from .presets import Preset
 from .readers import read_faces
-from .results import SCORES
+from .results import MARKS, SCORES
+from .results import colour_of, figure_style, side_legend, title_of
 from .runs import RunSpec, RunStore, make_runs, measure, question
 from .vit import ImageSet, create_model, logits_and_cls, normalise
 from .vit import predict, support_set
@@ -202,6 +203,29 @@ def progress_by_bin(
             found = progress_rows(u, weights, by, level)
             rows += [dict(dataset=dataset, method=method) | row for row in found]
     return pd.DataFrame(rows)
+
+# %% ../nbs/api/questions.ipynb #c55fadfa
+def plot_progress(
+    bins: pd.DataFrame,  # from `progress_by_bin`
+    xlabel: str,
+) -> plt.Figure:
+    "Progress by what the images were grouped by: a line and a band for each method."
+    figure_style()
+    bins = bins[bins.bin != 'last − first']
+    panels = list(bins.groupby('dataset', sort=False))
+    size = (max(4.6, 2.5 * len(panels)), 3.6)
+    fig, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False)
+    for ax, (dataset, t) in zip(axes[0], panels):
+        for j, (m, u) in enumerate(t.groupby('method', sort=False)):
+            c, mark = colour_of(m), MARKS[j % len(MARKS)]
+            ax.plot(u.centre, u.progress, mark + '-', color=c, ms=4, label=title_of(m))
+            ax.fill_between(u.centre, u.low, u.high, color=c, alpha=.13, lw=0)
+        for y, style in ((0, ':'), (1, '--')): ax.axhline(y, color='.5', ls=style, lw=1)
+        low, high = t.progress.min() - .4, t.progress.max() + .6
+        ax.set(xlabel=xlabel, title=dataset, ylim=(max(-3, low), min(4, high)))
+    axes[0, 0].set_ylabel('progress from Pretrain (0) to Retrain (1)')
+    side_legend(fig)
+    return fig
 
 # %% ../nbs/api/questions.ipynb #8ddb51a4
 PORTRAITS = ('handed in', 'any', 'typical', 'unusual')

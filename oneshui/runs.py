@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['TRAININGS', 'SETS', 'CANDIDATES', 'Seeds', 'seeds_of', 'RunSpec', 'code_of', 'changed_code', 'StaleRun',
            'warn_if_stale', 'RunStore', 'Run', 'Made', 'train_run', 'prepare_run', 'unlearn_run', 'maker_of',
-           'write_run', 'check_runs', 'check_folder', 'main', 'make_runs', 'run_grid', 'question', 'measure',
+           'write_run', 'check_runs', 'check_folder', 'accept', 'main', 'make_runs', 'run_grid', 'question', 'measure',
            'open_store', 'tune', 'check_parameters', 'out_folder', 'published_folder']
 
-# %% ../nbs/api/runs.ipynb #7a2ce72d
+# %% ../nbs/api/runs.ipynb #b4f0399c
 import argparse, ast, hashlib, inspect, json, math, os, shutil, sys, textwrap, time
 import warnings
 from contextlib import contextmanager
@@ -21,9 +21,11 @@ from fastcore.basics import patch
 from filelock import FileLock
 from joblib import Parallel, delayed
 from safetensors.torch import load_file, save_file
+
+# %% ../nbs/api/runs.ipynb #b2c0a0d0
 from .attacks import augmented_logits
-from .core import PresetError, Spec, StoreError, digest, progress
-from .core import project_root, write_atomically
+from .core import PresetError, Spec, StoreError, digest, progress, project_root
+from .core import write_atomically
 from .data import Faces, Pixels, Request, make_request
 from .methods import METHODS, method_rows
 from .metrics import METRICS, Outputs
@@ -87,7 +89,7 @@ def name(self: RunSpec) -> str:
     data = Path(self.dataset).stem
     return f'{data}-{self.n_forget}-seed{seeds}-{kind}-{self.digest}'
 
-# %% ../nbs/api/runs.ipynb #d49b5c0e
+# %% ../nbs/api/runs.ipynb #23280fff
 def _source(fn):
     # a function's code as text, without comments, docstring and layout
     try: tree = ast.parse(textwrap.dedent(inspect.getsource(fn)))
@@ -103,15 +105,17 @@ def _functions(thing):
     if inspect.isfunction(thing): return [thing]
     inner = lambda v: getattr(v, 'fget', getattr(v, 'func', getattr(v, '__func__', v)))
     parts = filter(callable, map(inner, vars(thing).values()))
-    return [f for f in map(inspect.unwrap, parts) if inspect.isfunction(f)]
+    found = [f for f in map(inspect.unwrap, parts) if inspect.isfunction(f)]
+    written = lambda f: not f.__code__.co_filename.startswith('<')   # not generated
+    return [f for f in found if written(f)]
 
 def _named(fn):
     # functions and classes of the package that a function names
     codes = [fn.__code__]
     for c in codes: codes += [k for k in c.co_consts if inspect.iscode(k)]
     found = (fn.__globals__.get(n) for c in codes for n in c.co_names)
-    code = (inspect.unwrap(g) for g in found if inspect.isfunction(g) or inspect.isclass(g))
-    return [g for g in code if g.__module__.startswith('oneshui.')]
+    code = [g for g in found if inspect.isfunction(g) or inspect.isclass(g)]
+    return [g for g in map(inspect.unwrap, code) if g.__module__.startswith('oneshui.')]
 
 # %% ../nbs/api/runs.ipynb #1261ed5c
 @lru_cache(maxsize=256)
@@ -134,7 +138,7 @@ def changed_code(
     "Functions that differ, came or went."
     return sorted(k for k in {*then, *now} if then.get(k) != now.get(k))
 
-# %% ../nbs/api/runs.ipynb #4617fba5
+# %% ../nbs/api/runs.ipynb #7b579b06
 class StaleRun(UserWarning):
     "A stored result was made by other code than today's, under the same version."
 
@@ -151,8 +155,8 @@ def warn_if_stale(
     _told.add(tuple(names))
     shown = ', '.join(names[:4]) + f' and {len(names) - 4} more' * (len(names) > 4)
     warnings.warn(f'{where} was made by other code under the same version; changed '
-                  f'since: {shown}. If numbers should differ, raise the version declared '
-                  'there. `oneshui runs check` lists all such runs.', StaleRun, 3)
+                  f'since: {shown}. If numbers should differ, raise the version '
+                  'declared there. `oneshui runs check` lists them all.', StaleRun, 3)
 
 # %% ../nbs/api/runs.ipynb #80b1fa6e
 class RunStore:
@@ -174,7 +178,7 @@ class RunStore:
         "Its images at an edge of `size` pixels."
         return Pixels(self.faces(dataset), size, self.root / 'cache')
 
-# %% ../nbs/api/runs.ipynb #40d24479
+# %% ../nbs/api/runs.ipynb #e069a1d3
 @patch
 def spec(self: RunStore,
     preset: Preset, dataset: str,
@@ -195,8 +199,8 @@ def spec(self: RunStore,
         versions |= dict(method=m.version)
     data = self.faces(dataset).fingerprint
     return RunSpec(dataset=dataset, data=data, n_forget=n_forget, sizes=sizes,
-                   seeds=seeds_of(seed), model=preset.model, train=recipe, method=method,
-                   hyper=settings, start=start, versions=versions)
+                   seeds=seeds_of(seed), model=preset.model, train=recipe,
+                   method=method, hyper=settings, start=start, versions=versions)
 
 # %% ../nbs/api/runs.ipynb #c8450d88
 @patch
@@ -211,13 +215,13 @@ def related(self: RunStore,
         raise PresetError(f'no related run "{what}". Valid: {", ".join(parts)}.')
     return parts[what](s, what)
 
-# %% ../nbs/api/runs.ipynb #9e8deaee
+# %% ../nbs/api/runs.ipynb #66fd1677
 def _training(s, what):
     # seeds of the unlearning and the method's version are none of its business
     versions = {k: v for k, v in s.versions.items() if k != 'method'}
     seeds = s.seeds.model_copy(update=dict(unlearning=s.seeds.training))
-    plain = dict(hyper={}, start='pretrain', prepared=False)
-    return s.model_copy(update=plain | dict(method=what, versions=versions, seeds=seeds))
+    plain = dict(hyper={}, start='pretrain', prepared=False, versions=versions)
+    return s.model_copy(update=plain | dict(method=what, seeds=seeds))
 
 def _retrain_again(s, what):
     s, other = _training(s, 'retrain'), s.seeds.training + 1000
@@ -271,7 +275,7 @@ def sets(self: RunStore,
     r, pixels = self.request(s), self.pixels(s.dataset, s.model.image_size)
     return {d: ImageSet(pixels, getattr(r, d)) for d in ('train', *SETS)}
 
-# %% ../nbs/api/runs.ipynb #0cf7e245
+# %% ../nbs/api/runs.ipynb #2bdc3b6f
 def _hash(path): return hashlib.sha256(path.read_bytes()).hexdigest()
 
 class Run:
@@ -279,12 +283,13 @@ class Run:
     def __init__(self, store: RunStore, spec: RunSpec):
         self.store, self.spec, self.folder = store, spec, store.folder(spec)
         try: self.manifest = json.loads((self.folder / 'manifest.json').read_text())
-        except (OSError, json.JSONDecodeError): raise self.damaged('manifest.json') from None
+        except (OSError, json.JSONDecodeError):
+            raise self.damaged('manifest.json') from None
 
     def damaged(self, name: str) -> StoreError:
         "What to say of a file that is not as it was written."
-        return StoreError(f'{self.folder / name}: cannot be read as it was written. Delete '
-                          f'the folder {self.folder.name}; the run will be made again.')
+        return StoreError(f'{self.folder / name}: cannot be read as it was written. '
+                          f'Delete the folder {self.folder.name}; it is made again.')
 
     def file(self,
         name: str,  # of a file in the folder
@@ -423,7 +428,7 @@ def make(self: RunStore, s: RunSpec):
     shutil.rmtree(self.folder(s), ignore_errors=True)   # what a crash has left there
     os.replace(part, self.folder(s))
 
-# %% ../nbs/api/runs.ipynb #1b7f49a2
+# %% ../nbs/api/runs.ipynb #71fb05c3
 @patch
 def get(self: RunStore, s: RunSpec) -> Run:
     "The run, from the store or made now with what it needs. Raises `StoreError`."
@@ -434,8 +439,8 @@ def get(self: RunStore, s: RunSpec) -> Run:
             if not self.has(served): self.make(served)
     run = Run(self, served)
     if json.loads(run.file('spec.json').read_text()) != served.model_dump(mode='json'):
-        raise StoreError(f'{run.folder}: spec.json is not what the name stands for. Delete '
-                         'this folder; the run will be made again.')
+        raise StoreError(f'{run.folder}: spec.json is not what the name stands for. '
+                         'Delete this folder; the run will be made again.')
     warn_if_stale(run.folder.name, run.manifest['code'], maker_of(served)[1])
     return run
 
@@ -464,7 +469,7 @@ def outputs(self: RunStore,
     return Outputs(by_set(logits), by_set(y), by_set(faces.identity),
                    self.views(s, views, r) if views else {})
 
-# %% ../nbs/api/runs.ipynb #97c248b0
+# %% ../nbs/api/runs.ipynb #6faa6cb6
 @patch
 def views(self: RunStore,
     s: RunSpec, views: int,
@@ -485,8 +490,9 @@ def look(self: RunStore, run: Run, views: int, r: Request) -> dict:
     "As of `views`, computed."
     s, t, model = run.spec, run.spec.train, run.model()
     pixels = self.pixels(s.dataset, s.model.image_size)
-    seen = lambda rows, seed: augmented_logits(model, ImageSet(pixels, rows), t.crop, views,
-                                               seed, t.precision, t.workers)
+    how = (t.crop, views), (t.precision, t.workers)
+    seen = lambda rows, seed: augmented_logits(model, ImageSet(pixels, rows),
+                                               *how[0], seed, *how[1])
     return dict(forget=seen(r.forget, 0), test=seen(r.test, 1))
 
 # %% ../nbs/api/runs.ipynb #85710873
@@ -533,7 +539,7 @@ def metrics(self: RunStore,
     found = {k: v for name in plain for k, v in self.metric(s, name).items()}
     return {k: v for k, v in found.items() if np.isscalar(v)} | self.get(s).seconds
 
-# %% ../nbs/api/runs.ipynb #dafdd3bb
+# %% ../nbs/api/runs.ipynb #5cd41f00
 def check_runs(
     store: RunStore,
 ) -> pd.DataFrame:  # run, damaged (file names), changed (functions)
@@ -551,20 +557,37 @@ def check_folder(
     good = lambda name, h: (folder / name).exists() and _hash(folder / name) == h
     damaged = [name for name, h in kept['files'].items() if not good(name, h)]
     try: s = RunSpec.model_validate_json((folder / 'spec.json').read_text())
-    except (ValueError, OSError): return dict(damaged=damaged or ['spec.json'], changed=[])
+    except (ValueError, OSError):
+        return dict(damaged=damaged or ['spec.json'], changed=[])
     known = s.method in TRAININGS or s.method in METHODS.load()
     now = maker_of(s)[1] if known else {}   # its package is not installed here
     return dict(damaged=damaged, changed=changed_code(kept['code'], now))
 
-# %% ../nbs/api/runs.ipynb #49f41448
+# %% ../nbs/api/runs.ipynb #8686c2e0
+def accept(
+    folder: Path,  # of a run
+):
+    "Keep a run whose code has changed without changing numbers."
+    kept = json.loads((folder / 'manifest.json').read_text())
+    s = RunSpec.model_validate_json((folder / 'spec.json').read_text())
+    now = json.dumps(kept | dict(code=maker_of(s)[1]), indent=1)
+    write_atomically(folder / 'manifest.json', now)
+
+# %% ../nbs/api/runs.ipynb #03abb924
 def main():
-    "The command `oneshui`: `oneshui runs check [--store runs]`."
+    "The command `oneshui`: `oneshui runs check [--store runs] [--accept]`."
     cli = argparse.ArgumentParser('oneshui', description='The run store.')
     runs = cli.add_subparsers(required=True).add_parser('runs', help='stored runs')
     check = runs.add_subparsers(required=True).add_parser('check', help='what is stale')
     check.add_argument('--store', default='runs', help='its folder (default: runs)')
-    root = Path(cli.parse_args().store)
+    check.add_argument('--accept', action='store_true', help='the code changed, the '
+                       'numbers did not (goldens say so): keep what is not damaged')
+    asked = cli.parse_args()
+    root = Path(asked.store)
     if not root.is_dir(): sys.exit(f'{root}: no such folder. Say --store FOLDER.')
+    if asked.accept:
+        for r in check_runs(RunStore(root, root)).itertuples():
+            if not r.damaged: accept(root / r.run)
     bad = check_runs(RunStore(root, root))
     for r in bad.itertuples():
         said = dict(damaged=r.damaged, changed=r.changed).items()
@@ -573,7 +596,7 @@ def main():
     print(f'{len(bad)} of {runs} runs are damaged, or made by other code.')
     sys.exit(int(len(bad) > 0))
 
-# %% ../nbs/api/runs.ipynb #2da0c8b8
+# %% ../nbs/api/runs.ipynb #d5b6b64d
 @contextmanager
 def _worker():
     # two processes with a thread each beat one with two; a worker's bar nobody sees
@@ -595,6 +618,7 @@ def _in_parallel(jobs, n_jobs, label):
         results = Parallel(n_jobs, return_as='generator')(jobs)
         return list(progress(results, label, len(jobs)))
 
+# %% ../nbs/api/runs.ipynb #dffce1b9
 def _attempt(do, store, s):
     # None, or what went wrong with one run
     try:
@@ -602,12 +626,12 @@ def _attempt(do, store, s):
     except (ValueError, ArithmeticError, RuntimeError) as e:
         return f'{s.name}: {type(e).__name__}: {e}'
 
-# %% ../nbs/api/runs.ipynb #2743be6a
+# %% ../nbs/api/runs.ipynb #6b5adf4f
 def _get(store, s): store.get(s)
-def _measure_all(store, s): store.metrics(s)
+def _judge(store, s): store.metrics(s)
 
 def _stage(store, todo, do, label, n_jobs):
-    # one kind of work for many runs; what went wrong, a line a run
+    # one kind of work for many runs; what went wrong, one line each
     fresh = RunStore(store.root, store.data_dir)
     fresh._faces = store._faces   # read once, handed to the workers
     jobs = [delayed(_attempt)(do, fresh, s) for s in todo]
@@ -620,6 +644,7 @@ def _needs(store, s):
     prepares = not s.prepared and METHODS[s.method].prepare_fn
     return own + ([store.related(s, 'prepared')] if prepares else [])
 
+# %% ../nbs/api/runs.ipynb #32b08f8c
 def _stages(store, specs):
     # label -> the runs of each kind that these specifications ask for, each once
     unlearning = [s for s in specs if s.method not in TRAININGS]
@@ -631,20 +656,21 @@ def _stages(store, specs):
     once = lambda runs: list({s.name: s for s in map(store.served_by, runs)}.values())
     return {label: once(runs) for label, runs in stages.items()}
 
-# %% ../nbs/api/runs.ipynb #0f9f59cc
+# %% ../nbs/api/runs.ipynb #643316f1
 def make_runs(
     store: RunStore,
     specs: list,        # RunSpecs
     n_jobs: int = 2,    # processes
 ):
-    "Make every run that is missing. Raises `StoreError` at the end, naming what failed."
+    "Make every run that is missing. Raises `StoreError` at the end: what failed."
     for d, size in {(s.dataset, s.model.image_size) for s in specs}:
         store.pixels(d, size)   # read, check and decode before any training
     asked_of = {(s.dataset, s.n_forget, s.seed, s.sizes): s for s in specs}
     for s in asked_of.values(): store.request(s)
     failed, asked = [], 0
     for label, runs in _stages(store, specs).items():
-        ready = lambda s: all(map(store.has, _needs(store, s)))   # nothing it needs failed
+        # what depends on a failed run is not tried
+        ready = lambda s: all(map(store.has, _needs(store, s)))
         todo = [s for s in runs if not store.has(s) and ready(s)]
         failed += _stage(store, todo, _get, label, n_jobs)
         asked += len(todo)
@@ -652,7 +678,7 @@ def make_runs(
         raise StoreError('\n'.join([f'{len(failed)} of {asked} runs failed; the others '
                                     'are stored.', *failed[:5]]))
     judged = [s for s in specs if s.start == 'pretrain' and not s.prepared]
-    broken = _stage(store, judged, _measure_all, 'measuring', n_jobs)
+    broken = _stage(store, judged, _judge, 'measuring', n_jobs)
     if broken: raise StoreError('\n'.join(broken[:5]))
 
 # %% ../nbs/api/runs.ipynb #27d02be8
@@ -710,7 +736,7 @@ def open_store(
         data = write_portraits(root / 'data', **preset.portraits, n_jobs=p.n_jobs)
     return RunStore(p.store or root / 'runs', Path(data).resolve())
 
-# %% ../nbs/api/runs.ipynb #34c1d273
+# %% ../nbs/api/runs.ipynb #46cc91aa
 CANDIDATES = {
     'neggrad': [dict(lr=x) for x in (.1, .3, .8, 2.)],
     'ssd': [dict(dampening=d, selection=a) for d in (.5, 1) for a in (50, 200)],
@@ -723,10 +749,11 @@ CANDIDATES = {
                  dict(loss='corrected')],
     'scrub': [dict(lr=x, forget_epochs=2, epochs=4, batch_size=64)
               for x in (.003, .01, .03, .06)],
-    'bad_teacher': [dict(lr=x, epochs=3, batch_size=64) for x in (3e-4, .001, .003, .01)],
+    'bad_teacher': [dict(lr=x, epochs=3, batch_size=64)
+                    for x in (3e-4, .001, .003, .01)],
 }
 
-# %% ../nbs/api/runs.ipynb #9b8260a5
+# %% ../nbs/api/runs.ipynb #8432d311
 def tune(
     store: RunStore, preset: Preset,
     datasets: list, candidates: dict = CANDIDATES,  # method -> settings to try
@@ -735,7 +762,7 @@ def tune(
     "ToW of every candidate on the tuning seed, the best marked. Raises `PresetError`."
     seed = preset.tuning_seed
     if seed is None or seed in preset.seeds:
-        raise PresetError(f'preset {preset.name}: tuning_seed = {seed} is reported, or none.')
+        raise PresetError(f'preset {preset.name}: tuning_seed = {seed} is reported.')
     cells = [(d, n) for d in datasets for n in preset.cell(d).n_forget]
     grid = [(d, n, m, hp, store.spec(preset, d, n, seed, m, hp))
             for d, n in cells for m, tried in candidates.items() for hp in tried]

@@ -88,8 +88,9 @@ def test_killed_training_resumes_to_the_same_weights(store, smoke, tmp_path, dat
     slow = smoke.model_copy(update=dict(train=smoke.train.model_copy(update=dict(epochs=4))))
     s = store.spec(slow, 'mufac', 2, 0, 'retrain')
     code = textwrap.dedent('''
-        import os, sys
+        import os, sys, torch
         import oneshui.vit as vit
+        torch.set_num_threads(2)              # as in these tests
         from oneshui.runs import RunStore, RunSpec
         real, count = vit.save_training, [0]
         def save(*a, **k):
