@@ -1,10 +1,17 @@
-"""Lays out the site's sources in build/docs/source as the repository has them, so that its links hold, and runs Sphinx on them.
-Called by `make docs`; no notebook is executed: pages show the committed outputs."""
-import ast, json, os, re, shutil, subprocess, sys
+"""Lays out the site's sources as the repository has them, so that its links hold, and
+runs Sphinx on them. Called by `make docs`; no notebook is executed: pages show the
+committed outputs."""
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SITE = ROOT / 'build/docs'
+NBS, SITE = ROOT / 'nbs', ROOT / 'build/docs'
 SRC = SITE / 'source'
 
 
@@ -22,9 +29,9 @@ def only_imports(source):
 
 
 def is_plumbing(source, said, tags):
-    "Cells that a reader opens when they want to: `#| code-fold`, parameters, imports, the code of pictures."
+    "Cells that open on a click: `#| code-fold`, parameters, imports, code of pictures."
     if 'code-fold' in said: return said['code-fold'] != 'false'
-    draws = re.match(r'def (_?plot|_?draw|explore)_?', source)
+    draws = re.match(r'(@patch\n)?def (plot|draw|explore)_', source)
     return 'parameters' in tags or only_imports(source) or bool(draws)
 
 
@@ -32,81 +39,97 @@ def alternative(said, outputs):
     "A picture's alternative text: `#| fig-alt:`, or what the output says of itself."
     pictures = [o['data'] for o in outputs if 'image/png' in o.get('data', {})]
     texts = [''.join(d.get('text/plain', '')) for d in pictures]
-    return said.get('fig-alt') or next((t for t in texts if not t.startswith('<')), None)
+    described = [t for t in texts if not t.startswith('<')]
+    return said.get('fig-alt') or next(iter(described), None)
 
 
 def code_cell(cell):
-    "A code cell without directives, its picture described, folded if it is plumbing; None if it is hidden."
-    source = ''.join(cell['source'])
-    said, tags = directives(source), list(cell['metadata'].get('tags', []))
+    "A cell without directives, its picture described, folded or (None) left out."
+    source, tags = ''.join(cell['source']), list(cell['metadata'].get('tags', []))
+    said = directives(source)
     if {'hide', 'default_exp'} & {*said}: return None
     source = re.sub(r'(?m)^#\|.*\n?', '', source).strip('\n')
+    if not source: return None
     if is_plumbing(source, said, tags): tags.append('hide-input')
-    meta = dict(tags=tags)
-    if alt := alternative(said, cell['outputs']): meta['mystnb'] = dict(image=dict(alt=alt))
-    return cell | dict(source=source, metadata=meta) if source else None
+    alt = alternative(said, cell['outputs'])
+    image = dict(mystnb=dict(image=dict(alt=alt))) if alt else {}
+    return cell | dict(source=source, metadata=dict(tags=tags) | image)
 
 
 def notebook(path, out):
     "A notebook as the site shows it; a chapter's title begins with its number."
     nb = json.loads(path.read_text())
-    cells = [code_cell(c) if c['cell_type'] == 'code' else c for c in nb['cells']]
-    nb['cells'] = [c for c in cells if c]
+    shown = (code_cell(c) if c['cell_type'] == 'code' else c for c in nb['cells'])
+    nb['cells'] = list(filter(None, shown))
     if path.stem[:2].isdigit():
-        title = ''.join(nb['cells'][0]['source'])
-        nb['cells'][0]['source'] = re.sub(r'\A# ', f'# {int(path.stem[:2])} · ', title)
+        first = nb['cells'][0]
+        title = f'# {int(path.stem[:2])} · '
+        first['source'] = re.sub(r'\A# ', title, ''.join(first['source']))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(nb))
 
 
+def notebooks():
+    found = (p for p in NBS.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+    return sorted(p for p in found if p != NBS / 'index.ipynb')   # README is the index
+
+
 def told_in():
-    "module -> the notebook that exports it, in the order of the notebooks."
-    books = [p.relative_to(ROOT) for p in sorted((ROOT / 'nbs').rglob('*.ipynb'))]
-    found = [(re.search(r'#\| ?default_exp (\w+)', (ROOT / p).read_text()), p) for p in books]
-    return {m[1]: p for m, p in found if m}
+    "module -> the notebook that exports it."
+    module = lambda p: re.search(r'#\| ?default_exp (\w+)', p.read_text())
+    found = {p.relative_to(ROOT).as_posix(): module(p) for p in notebooks()}
+    return {m[1]: book for book, m in found.items() if m}
 
 
-def reference(modules):
-    "A page a module, filled by sphinx.ext.autodoc."
-    (SRC / 'reference').mkdir()
-    for name, book in modules.items():
-        text = (f'# oneshui.{name}\n\nTold in [](../{book.as_posix()}).\n\n'
-                f'```{{eval-rst}}\n.. automodule:: oneshui.{name}\n   :members:\n```\n')
-        (SRC / f'reference/{name}.md').write_text(text)
-    intro = '# Reference\n\nA page a module; each is exported from the notebook that tells it.\n\n'
-    (SRC / 'reference/index.md').write_text(intro + toctree('', sorted(modules)))
-
-
-def toctree(caption, pages):
+def toctree(pages, caption=''):
+    "MyST's table of contents: in the sidebar under a caption, or on the page."
     head = f':hidden:\n:caption: {caption}\n' if caption else ':maxdepth: 2\n'
     return f'```{{toctree}}\n{head}\n' + '\n'.join(pages) + '\n```\n'
 
 
+def reference(modules):
+    "A page for each module, filled by sphinx.ext.autodoc."
+    (SRC / 'reference').mkdir()
+    for name, book in modules.items():
+        page = (f'# oneshui.{name}\n\nTold in [](../{book}).\n\n```{{eval-rst}}\n'
+                f'.. automodule:: oneshui.{name}\n   :members:\n```\n')
+        (SRC / f'reference/{name}.md').write_text(page)
+    index = ['# Reference', 'Modules, exported from the notebooks that tell them.',
+             toctree(sorted(modules))]
+    (SRC / 'reference/index.md').write_text('\n\n'.join(index))
+
+
 def front_page():
-    "The README, and the site's table of contents."
-    pages = lambda pattern: sorted(f'nbs/{p.relative_to(ROOT / "nbs").with_suffix("")}' for p in (ROOT / 'nbs').glob(pattern))
-    look_up = ['docs/glossary', 'reference/index', 'docs/contributing', 'docs/references']
-    look_up = [p for p in look_up if (SRC / p).with_suffix('.md').exists()]
-    trees = [('Chapters', pages('[0-9]*.ipynb')), ('Tools', pages('api/*.ipynb')), ('Look up', look_up)]
-    (SRC / 'index.md').write_text((ROOT / 'README.md').read_text() + '\n' + '\n'.join(toctree(*t) for t in trees))
+    "README, and the site's table of contents."
+    books = [p.relative_to(ROOT).with_suffix('').as_posix() for p in notebooks()]
+    tools = [b for b in books if b.startswith('nbs/api/')]
+    chapters = [b for b in books if b not in tools]
+    look_up = 'docs/glossary reference/index docs/contributing docs/references'.split()
+    trees = dict(Chapters=chapters, Tools=tools) | {'Look up': look_up}
+    contents = (toctree(pages, caption) for caption, pages in trees.items())
+    page = '\n'.join([(ROOT / 'README.md').read_text(), *contents])
+    (SRC / 'index.md').write_text(page)
 
 
 def lay_out():
     shutil.rmtree(SRC, ignore_errors=True)
     python = shutil.ignore_patterns('*.py', '__pycache__')
-    shutil.copytree(ROOT / 'docs', SRC / 'docs', ignore=python)
-    shutil.copytree(ROOT / 'figures/published', SRC / 'figures/published')
-    shutil.copytree(ROOT / 'oneshui/presets', SRC / 'oneshui/presets')
-    shutil.copy(ROOT / 'CITATION.cff', SRC)
-    for p in (ROOT / 'nbs').rglob('*.ipynb'):
-        if p.stem != 'index' and '.ipynb_checkpoints' not in p.parts:
-            notebook(p, SRC / p.relative_to(ROOT))
+    for folder in ('docs', 'figures/published', 'oneshui/presets'):
+        shutil.copytree(ROOT / folder, SRC / folder, ignore=python)
+    for p in notebooks(): notebook(p, SRC / p.relative_to(ROOT))
     reference(told_in())
     front_page()
 
 
+def run_sphinx():
+    "Warnings are errors. The package that is documented is this checkout's."
+    options = '-b html -W --keep-going -q -j auto -c'.split()
+    path = [str(ROOT), str(ROOT / 'docs'), os.environ.get('PYTHONPATH', '')]
+    env = os.environ | dict(PYTHONPATH=os.pathsep.join(path))
+    sphinx = [sys.executable, '-m', 'sphinx', *options, ROOT / 'docs']
+    return subprocess.run([*sphinx, SRC, SITE / 'html'], env=env).returncode
+
+
 if __name__ == '__main__':
     lay_out()
-    sphinx = [sys.executable, '-m', 'sphinx', '-b', 'html', '-W', '--keep-going', '-q', '-j', 'auto']
-    here = os.pathsep.join([str(ROOT), str(ROOT / 'docs'), os.environ.get('PYTHONPATH', '')])
-    sys.exit(subprocess.run([*sphinx, '-c', ROOT / 'docs', SRC, SITE / 'html'], env=os.environ | dict(PYTHONPATH=here)).returncode)
+    sys.exit(run_sphinx())

@@ -1,4 +1,5 @@
-"""Takes the live views of widgets, and their state, out of the committed notebooks: their pictures stay. Called by `make notebooks`, after nbdev_clean."""
+"""Takes the live views of widgets, and their state, out of the committed notebooks:
+their pictures stay. Called by `make notebooks`, after nbdev_clean."""
 import json
 from pathlib import Path
 
@@ -6,7 +7,8 @@ VIEW = 'application/vnd.jupyter.widget-view+json'
 
 for path in (Path(__file__).resolve().parents[1] / 'nbs').rglob('*.ipynb'):
     nb = json.loads(path.read_text())
-    views = [o['data'] for c in nb['cells'] for o in c.get('outputs', []) if VIEW in o.get('data', {})]
-    for data in views: del data[VIEW]
+    outputs = [o for c in nb['cells'] for o in c.get('outputs', [])]
+    views = [o['data'].pop(VIEW) for o in outputs if VIEW in o.get('data', {})]
     state = nb['metadata'].pop('widgets', None)
-    if views or state: path.write_text(json.dumps(nb, indent=1, ensure_ascii=False) + '\n')
+    if views or state:
+        path.write_text(json.dumps(nb, indent=1, ensure_ascii=False) + '\n')

@@ -1,6 +1,9 @@
-"""What our pages want beyond MyST-NB, as a Sphinx extension on parsed documents: nothing here reads or writes Markdown.
-Code in prose and glossary terms become links, parameters' comments enter the reference, and markup inside maths fails the build."""
-import inspect, re, typing
+"""What our pages want beyond MyST-NB, on parsed documents: nothing here edits Markdown.
+Names and glossary terms in prose become links, the comments of parameters enter the
+reference, and markup inside maths fails the build."""
+import inspect
+import re
+import typing
 from collections import Counter
 
 from docutils import nodes
@@ -25,13 +28,8 @@ def is_prose(node):
     return not lies_in(node, TAKEN)
 
 
-def link(domain, kind, target, child, page):
-    ref = pending_xref('', child, refdomain=domain, reftype=kind, reftarget=target, refdoc=page, refwarn=True, refexplicit=True)
-    return ref
-
-
 class Prose(SphinxPostTransform):
-    "Before references are resolved: `names` of the package, the first use of a glossary term, numbers with their ±."
+    "Runs on every page before references are resolved."
     default_priority = 1
 
     def run(self, **kw):
@@ -39,72 +37,91 @@ class Prose(SphinxPostTransform):
         self.refuse_markup_in_maths()
         if not self.page.startswith('reference/'): self.link_names()
         if self.page != 'docs/glossary': self.link_terms()
-        for text in list(self.document.findall(nodes.Text)):
-            if ' ± ' in text and not lies_in(text, CODE): text.parent.replace(text, nodes.Text(text.replace(' ± ', '\u00a0±\u00a0')))
+        self.keep_errors_with_numbers()
+
+    def texts(self): return list(self.document.findall(nodes.Text))
+
+    def link(self, target, shown, domain, kind):
+        return pending_xref('', shown, refdomain=domain, reftype=kind, reftarget=target,
+                            refdoc=self.page, refwarn=True, refexplicit=True)
 
     def refuse_markup_in_maths(self):
-        for node in self.document.findall(lambda n: isinstance(n, (nodes.math, nodes.math_block))):
-            if found := re.search(r'\{\w+\}`|\]\(|`|<\w+', node.astext()):
-                log.warning('markup %r inside the formula %r', found[0], node.astext()[:80], location=node, type='maths')
-        for text in self.document.findall(nodes.Text):
-            if is_prose(text) and re.search(r'\$\$|\\(mathcal|frac|theta|nabla|varphi)\b', text):
-                log.warning('a formula was not read as one: %r', text[:80], location=text.parent, type='maths')
+        for text in self.texts():
+            maths = lies_in(text, (nodes.math, nodes.math_block))
+            if maths and (found := re.search(r'\{\w+\}`|\]\(|`|<\w+|\$', text)):
+                log.warning('markup "%s" in a formula', found[0], location=text.parent)
+            elif is_prose(text) and re.search(r'\$\$|\\[a-z]{3,}', text):
+                log.warning('a formula that is none: "%s"', text, location=text.parent)
 
     def link_names(self):
         known = public_names(self.env)
         for node in list(self.document.findall(nodes.literal)):
-            if is_prose(node) and (target := known.get(node.astext().removesuffix('()'))):
-                node.parent.replace(node, link('py', 'obj', target, node.deepcopy(), self.page))
+            target = known.get(node.astext().removesuffix('()'))
+            if target and is_prose(node):
+                shown = self.link(target, node.deepcopy(), 'py', 'obj')
+                node.parent.replace(node, shown)
 
     def link_terms(self):
-        terms = {t for t in self.env.get_domain('std')._terms if t.islower() or len(t) < 20}
-        for text in list(self.document.findall(nodes.Text)):
-            while terms and is_prose(text) and (hit := first_term(text, terms)):
-                terms.discard(hit['term'].lower())
-                a, b = hit.span()
-                after = nodes.Text(text[b:])
-                term = link('std', 'term', hit['term'].lower(), nodes.inline('', text[a:b]), self.page)
-                text.parent.replace(text, [nodes.Text(text[:a]), term, after])
-                text = after
+        "The first use of each glossary term leads to its definition."
+        terms = {t.lower() for t in self.env.get_domain('std')._terms}
+        for text in self.texts():
+            while is_prose(text) and (hit := first_term(text, terms)):
+                terms.remove(hit['term'].lower())
+                shown = nodes.inline('', hit[0])
+                term = self.link(hit['term'].lower(), shown, 'std', 'term')
+                rest = nodes.Text(text[hit.end():])
+                text.parent.replace(text, [nodes.Text(text[:hit.start()]), term, rest])
+                text = rest
+
+    def keep_errors_with_numbers(self):
+        for text in self.texts():
+            if ' ± ' in text and not lies_in(text, CODE):
+                together = text.replace(' ± ', '\u00a0±\u00a0')
+                text.parent.replace(text, nodes.Text(together))
 
 
 def first_term(text, terms):
     "The first glossary term in a text, alone or in the plural."
+    if not terms: return None
     longest_first = '|'.join(map(re.escape, sorted(terms, key=len, reverse=True)))
     return re.search(rf'(?<![\w/-])(?P<term>{longest_first})s?(?![\w-])', text, re.I)
 
 
 def public_names(env):
-    "How prose may call a definition (`make_request`, `data.make_request`, `Faces.save`): its full name, where that is clear."
+    "`make_request`, `data.make_request`, `Faces.save` -> full name, where it is clear."
     full = [n for n in env.get_domain('py').objects if n.startswith('oneshui.')]
-    tails = [('.'.join(n.split('.')[k:]), n) for n in full for k in range(n.count('.') + 1)]
-    times = Counter(t for t, _ in tails)
-    members = {t for t, n in tails if '.' not in t and n.count('.') > 2}   # `save` alone may be anything
-    return {t: n for t, n in tails if times[t] == 1 and t not in members}
+    parts = ((n, n.split('.')) for n in full)
+    tails = [('.'.join(p[k:]), n) for n, p in parts for k in range(len(p))]
+    times = Counter(tail for tail, _ in tails)
+    member = lambda tail, n: '.' not in tail and n.count('.') > 2   # `save` of whom?
+    return {t: n for t, n in tails if times[t] == 1 and not member(t, n)}
 
 
 def comments_of(obj):
-    "name -> its comment, for the parameters of a function or class and the fields of a pydantic class."
+    "name -> its comment: parameters of a function or class, fields of a Spec."
     if hasattr(obj, 'model_fields'):
-        return dict(re.findall(r'(?m)^    (\w+):[^#\n]*# *(.+)$', inspect.getsource(obj)))
+        source = inspect.getsource(obj)
+        return dict(re.findall(r'(?m)^    (\w+):[^#\n]*# *(.+)$', source))
     try: return {k: v for k, v in docments(obj).items() if v and k != 'self'}
     except (TypeError, ValueError, OSError): return {}
 
 
 def escaped(text):
     "A docstring's line as reStructuredText: outside of `code`, nothing is markup."
-    parts = text.split('`')
-    return '`'.join(p if i % 2 else re.sub(r'([\\*|_])', r'\\\1', p) for i, p in enumerate(parts))
+    plain = lambda part: re.sub(r'([\\*|_])', r'\\\1', part)
+    parts = ' '.join(text.split()).split('`')
+    return '`'.join(p if i % 2 else plain(p) for i, p in enumerate(parts))
 
 
 def tell_parameters(app, what, name, obj, options, lines):
-    "autodoc-process-docstring: our docstrings are prose with `code`; parameters are told in their comments."
-    lines[:] = [escaped(l) for l in lines]
-    if what not in ('function', 'class', 'method') or inspect.isclass(obj) and issubclass(obj, Exception): return
+    "autodoc-process-docstring: prose with `code`, then what the comments say."
+    lines[:] = map(escaped, lines)
+    plain_class = inspect.isclass(obj) and issubclass(obj, Exception)
+    if what not in ('function', 'class', 'method') or plain_class: return
     told = comments_of(obj)
     returned = told.pop('return', None)
-    lines += ['', *(f':param {k}: {escaped(" ".join(v.split()))}' for k, v in told.items())]
-    if returned: lines.append(f':returns: {escaped(" ".join(returned.split()))}')
+    lines += ['', *(f':param {k}: {escaped(v)}' for k, v in told.items())]
+    if returned: lines.append(f':returns: {escaped(returned)}')
     lines.append('')
 
 
@@ -115,6 +132,7 @@ def plain_types(app, obj, bound_method):
 
 
 def setup(app):
+    app.setup_extension('sphinx.ext.autodoc')
     app.add_post_transform(Prose)
     app.connect('autodoc-process-docstring', tell_parameters)
     app.connect('autodoc-before-process-signature', plain_types)

@@ -322,12 +322,12 @@ def _plot_set(ax, faces, r, kind, shape):
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
 
-# %% ../nbs/00_data_splits.ipynb #28c86426
+# %% ../nbs/00_data_splits.ipynb #6a68cea3
 def plot_request(
     faces: Faces, r: Request,
     people: int = 4,  # rows of each set
     photos: int = 5,  # images in a row
-) -> 'matplotlib.figure.Figure':
+):   # a figure of matplotlib
     "Figure 2: whose images the training, the request and the evaluation see."
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, 4, figsize=(12, 2.9), layout='constrained')

@@ -90,11 +90,12 @@ def length(
                        'so there is no direction to step in. Look at the portraits, '
                        'and at what the model says of them.')
 
-# %% ../nbs/12_metastep.ipynb #84bd0c0a
+# %% ../nbs/12_metastep.ipynb #5ce69188
 class FixedSize(nn.Module):
     "H = η, chosen by hand."
     def __init__(self, eta: float): super().__init__(); self.eta = eta
     def forward(self, u: dict): return {k: self.eta * t for k, t in u.items()}
+    def back(self, v: dict): return v, self.eta   # a number can be multiplied last
 
 class OneSize(nn.Module):
     "H_ψ = ‖θ‖ exp ψ₀."
@@ -108,6 +109,7 @@ class OneSize(nn.Module):
     def bend(self, k: str, t: torch.Tensor): return t
     def forward(self, u: dict):   # parameter name -> tensor
         return {k: s * self.bend(k, u[k]) for k, s in zip(self.names, self.sizes())}
+    def back(self, v: dict): return self(v), 1.
 
 class SizePerTensor(OneSize):
     "H_ψ = ‖θ‖ exp(ψ₀ + ψ_ℓ) on parameter tensor ℓ."
@@ -168,7 +170,7 @@ class CorrectedAscent(MetaLoss):
     def forward(self, z: tuple, y: torch.Tensor, who: torch.Tensor, mask: int = 0):
         return -task_loss(z[0], y) + super().forward(z, y, who, mask)
 
-# %% ../nbs/12_metastep.ipynb #89a0fe3d
+# %% ../nbs/12_metastep.ipynb #0fb179a7
 @patch
 def parameters(self: Step) -> list:
     "ψ and φ."
@@ -176,22 +178,24 @@ def parameters(self: Step) -> list:
 
 @patch
 @torch.no_grad()
-def way_back(self: Step, taken: Taken, v: dict) -> dict:
-    "w: along it, the slope of M is how A falls."
-    w = self.H(v)
-    if not self.unit: return w
+def way_back(self: Step, taken: Taken, v: dict) -> tuple:
+    "w and a factor: dA/dφ is minus the factor times the slope of M along w."
+    w, factor = self.H.back(v)
+    if not self.unit: return w, factor
     along = dot(taken.u, w)
-    return {k: (w[k] - along * u) / taken.norm for k, u in taken.u.items()}
+    return {k: (w[k] - along * u) / taken.norm for k, u in taken.u.items()}, factor
 
 @patch
 def backward(self: Step, taken: Taken, v: dict):
     "Leave dA/dψ and dA/dφ in `.grad`."
     for p in self.parameters(): p.grad = None
     if list(self.H.parameters()): (-dot(taken.moved, v)).backward()
-    if list(self.M.parameters()):
-        (x, y, who), w = taken.S, self.way_back(taken, v)
-        M = lambda z: self.M(z, y, who, taken.mask)
-        (-slope_along(self.model, taken.θ, M, x, w)).backward()
+    φ = dict(self.M.named_parameters())
+    if not φ: return
+    (x, y, who), (w, factor) = taken.S, self.way_back(taken, v)
+    M = lambda z: self.M(z, y, who, taken.mask)
+    along = slope_along(self.model, taken.θ, M, x, w)
+    for k, g in gradient(along, φ).items(): φ[k].grad = -factor * g
 
 # %% ../nbs/12_metastep.ipynb #580c3e2f
 class Simulated(NamedTuple):

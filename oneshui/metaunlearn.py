@@ -172,7 +172,7 @@ def slope_along(
     g = gradient(M(tuple(z.values())), z, create_graph=True)
     return sum((g[i] * t).sum() for i, t in enumerate(ż))
 
-# %% ../nbs/03_metaunlearn.ipynb #379c2a91
+# %% ../nbs/03_metaunlearn.ipynb #571d5ad0
 def hypergradient(
     model: nn.Module, h: nn.Module, S: tuple, eta: float,  # as of `unlearning_step`
     outer,           # as of `slope`
@@ -183,9 +183,9 @@ def hypergradient(
     θ_u = unlearning_step(model, h, S, eta, mask)                      # (1)
     A, v = slope(outer, θ_u)                                           # (2)
     M = lambda z: h(z, y, who, mask)
-    w = {k: eta * t for k, t in v.items()}
-    along = slope_along(model, parameters_of(model), M, x, w)          # (3)
-    return A, list(gradient(-along, dict(h.named_parameters())).values())   # (4)
+    along = slope_along(model, parameters_of(model), M, x, v)          # (3)
+    grads = gradient(along, dict(h.named_parameters()))                # (4)
+    return A, [-eta * g for g in grads.values()]
 
 # %% ../nbs/03_metaunlearn.ipynb #bc2587d5
 Rate, Count = Annotated[float, Field(gt=0)], Annotated[int, Field(ge=1)]

@@ -7,7 +7,7 @@ __all__ = ['VERSION', 'AGE_YEARS', 'HAIR', 'CUTS', 'SKIN', 'HAIR_RGB', 'IRIS', '
            'Surface', 'Canvas', 'picture', 'oval', 'arc', 'hsv', 'geometry', 'paint', 'render', 'sheet', 'album',
            'visible_attributes', 'annotate_attributes', 'annotate_age', 'Crowd', 'Drawing', 'write_portraits']
 
-# %% ../nbs/api/portraits.ipynb #7663f633
+# %% ../nbs/api/portraits.ipynb #107facbd
 import csv, json, os, shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from matplotlib.backend_bases import GraphicsContextBase
 from matplotlib.path import Path as MPath
 from matplotlib.transforms import Affine2D, TransformedPath
 from .core import digest, progress
-from .readers import ATTRIBUTES, AGE_GROUPS
+from .readers import ATTRIBUTES
 
 # %% ../nbs/api/portraits.ipynb #22137ab8
 VERSION = 5  # of the drawings: raise it when a change alters pixels or labels
@@ -207,10 +207,10 @@ class Canvas(Surface):
         self.gc.set_foreground(self._pen(colour, alpha, clip))
         self.agg.draw_path(self.gc, MPath(xy), self.frame, None)
 
-# %% ../nbs/api/portraits.ipynb #6b7f3fd0
+# %% ../nbs/api/portraits.ipynb #a66d792e
 def picture(
     pixels: np.ndarray,  # [h, w, 3]: uint8, or floats in [0, 1]
-) -> 'IPython.display.Image':
+):   # an image that a notebook shows
     "Pixels as a picture in a notebook."
     import io
     from IPython.display import Image as Shown
@@ -799,11 +799,11 @@ def render(
     img = _photographed(paint(_PARTS, p, q, size), q)
     return (np.clip(img, 0, 1) * 255).round().astype(np.uint8)
 
-# %% ../nbs/api/portraits.ipynb #d2b9b94f
+# %% ../nbs/api/portraits.ipynb #40beb1fd
 def sheet(
     rows: list,      # rows of (person, photo) pairs
     size: int = 96,  # edge of one portrait in pixels
-) -> 'IPython.display.Image':
+):   # an image that a notebook shows
     "Portraits in rows, as a picture in a notebook."
     page = [np.concatenate([render(p, q, size) for p, q in row], 1) for row in rows]
     return picture(np.concatenate(page))
@@ -813,7 +813,7 @@ def album(
     photos: int = 8,     # portraits of each
     seed: int = 0,       # seed of the data set
     groups: list | None = None, # the people's age groups; None: adults of any age
-) -> 'IPython.display.Image':
+):   # an image that a notebook shows
     "Several portraits of some people, as a picture in a notebook."
     groups = groups or [None] * len(people)
     drawn = [draw_person(seed, i, g) for i, g in zip(people, groups)]

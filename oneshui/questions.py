@@ -10,7 +10,7 @@ __all__ = ['PORTRAITS', 'ONE_SEED', 'judged', 'unlearned', 'in_turn', 'split_req
            'released_rmia_scores', 'reference_losses', 'lira_scores', 'power', 'attack_scores', 'strongest',
            'metric_of', 'attack_row', 'attack_runs']
 
-# %% ../nbs/api/questions.ipynb #618f28ee
+# %% ../nbs/api/questions.ipynb #54f288aa
 import math
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from torchvision.transforms import v2
@@ -20,7 +20,7 @@ from .core import device_of
 from .data import portrait
 from .methods import METHODS
 from .metrics import score, tug_of_war
-from .presets import Preset
+from .presets import Preset, for_request
 from .readers import read_faces
 from .results import MARKS, SCORES
 from .results import colour_of, figure_style, side_legend, title_of
@@ -58,7 +58,7 @@ def unlearned(
         model = METHODS[s.method].unlearn(model, S, state, s.hyper)
     return model
 
-# %% ../nbs/api/questions.ipynb #76cd327f
+# %% ../nbs/api/questions.ipynb #b1d9ec4e
 @question(version=1)
 def in_turn(
     store: RunStore,
@@ -83,7 +83,7 @@ def single_hyper(
     known = preset.cell(dataset).methods.get(method, {})
     if 1 in known: return dict(known[1])
     n = min(preset.cell(dataset).n_forget)
-    return METHODS[method].for_request(preset.hyper(dataset, method, n), n)
+    return for_request(method, preset.hyper(dataset, method, n), n)
 
 # %% ../nbs/api/questions.ipynb #f55818ea
 @torch.no_grad()
@@ -165,7 +165,7 @@ def person_sums(
     np.add.at(sums[1], (t.who, t.bin), t.retrain - t.pretrain)
     return sums
 
-# %% ../nbs/api/questions.ipynb #f0a44cb1
+# %% ../nbs/api/questions.ipynb #7eec3ba7
 def progress_rows(
     t: pd.DataFrame,      # of one method, from `in_bins`
     weights: np.ndarray,  # [boot, people] how often a bootstrap draws a person
@@ -174,8 +174,9 @@ def progress_rows(
     "Progress of a method in each bin, and the difference of the last and the first."
     bins = int(t.bin.max()) + 1
     sums = person_sums(t, (weights.shape[1], bins))
-    point = np.divide(*sums.sum(1))
-    many = np.divide(*np.einsum('bp,spk->sbk', weights, sums))
+    with np.errstate(invalid='ignore', divide='ignore'):   # nobody of a bin is drawn
+        point = np.divide(*sums.sum(1))
+        many = np.divide(*np.einsum('bp,spk->sbk', weights, sums))
     ends = [(1 - level) / 2, (1 + level) / 2]
     low, high = np.nanquantile(many, ends, axis=0)
     names = ('bin', 'centre', 'progress', 'low', 'high')

@@ -7,8 +7,8 @@ __all__ = ['ATTRIBUTES', 'AGE_GROUPS', 'DATASETS', 'Dataset', 'dataset', 'read_c
            'content_groups', 'audit_identities', 'plot_recurring', 'shared_images', 'merge_identities',
            'read_mufac_merged', 'read_csv', 'get_dataset', 'read_faces']
 
-# %% ../nbs/api/readers.ipynb #9042c1f5
-import os
+# %% ../nbs/api/readers.ipynb #5fba100c
+import os, warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -116,7 +116,18 @@ def _before_the_rows(path):
     names = [c for c in cells[skip] if c not in ('image_id', 'file')]
     return skip + 1, names, separator
 
-# %% ../nbs/api/readers.ipynb #3c235589
+# %% ../nbs/api/readers.ipynb #1e8dd1c3
+def _read_csv(path, **how):
+    how |= dict(dtype=str, na_filter=False, encoding='utf-8-sig', index_col=False)
+    try:
+        with warnings.catch_warnings():   # pandas only warns of columns without a name
+            warnings.simplefilter('error', pd.errors.ParserWarning)
+            return pd.read_csv(path, **how)
+    except (ValueError, pd.errors.ParserWarning) as e:
+        raise DataError(f'{path}: {str(e).strip()}. Repair the file: it should be text '
+                        'with the same number of columns in every row.') from e
+
+# %% ../nbs/api/readers.ipynb #6ce2b8a8
 def _rows(path, names=None):
     # a table of strings: file, then the names; the index counts the lines of the file
     skip, found, separator = _before_the_rows(path)
@@ -124,7 +135,7 @@ def _rows(path, names=None):
     if names is None:
         raise DataError(f'{path}: row 1 holds no attribute names. Restore the line '
                         f'with the {len(ATTRIBUTES)} names.')
-    t = _read_csv(path, sep=separator, skiprows=skip, header=None, index_col=False,
+    t = _read_csv(path, sep=separator, skiprows=skip, header=None,
                   names=['file', *names])
     t.index += skip + 1
     _demand(t.iloc[:, -1] != '', t, path, lambda row: (
@@ -134,13 +145,6 @@ def _rows(path, names=None):
     _demand(~t.file.duplicated(), t, path, lambda row: (
         f'"{row.file}" is listed for the second time. Delete one of the rows.'))
     return t
-
-def _read_csv(path, **how):
-    how |= dict(dtype=str, na_filter=False, encoding='utf-8-sig')
-    try: return pd.read_csv(path, **how)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e:
-        raise DataError(f'{path}: {str(e).strip()}. Repair the file: it should be text '
-                        'with the same number of columns in every row.') from e
 
 # %% ../nbs/api/readers.ipynb #443091e4
 def _forty(t, path):
@@ -261,11 +265,11 @@ def audit_identities(
                 identities_involved=len(set(faces.identity[rows])),
                 people=int(_people(faces, group).max() + 1))
 
-# %% ../nbs/api/readers.ipynb #820f457a
+# %% ../nbs/api/readers.ipynb #b1b1481d
 def plot_recurring(
     faces: Faces,
     most: int = 5,  # pairs
-) -> 'matplotlib.figure.Figure':
+):   # a figure of matplotlib
     "Images that stand under two identities, one above the other."
     import matplotlib.pyplot as plt
     group = content_groups(faces)

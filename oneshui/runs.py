@@ -138,7 +138,7 @@ def changed_code(
     "Functions that differ, came or went."
     return sorted(k for k in {*then, *now} if then.get(k) != now.get(k))
 
-# %% ../nbs/api/runs.ipynb #7b579b06
+# %% ../nbs/api/runs.ipynb #ce0519b8
 class StaleRun(UserWarning):
     "A stored result was made by other code than today's, under the same version."
 
@@ -149,10 +149,10 @@ def warn_if_stale(
     then: dict,        # its fingerprint
     now: dict,         # today's
 ):
-    "Say once what has changed since a result was made."
-    names = changed_code(then, now)
-    if not names or tuple(names) in _told: return
-    _told.add(tuple(names))
+    "Say what has changed since a result was made, each function once."
+    names = [k for k in changed_code(then, now) if k not in _told]
+    if not names: return
+    _told.update(names)
     shown = ', '.join(names[:4]) + f' and {len(names) - 4} more' * (len(names) > 4)
     warnings.warn(f'{where} was made by other code under the same version; changed '
                   f'since: {shown}. If numbers should differ, raise the version '

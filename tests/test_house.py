@@ -386,7 +386,7 @@ GOOD = [
     ('parameters_have_types', module(EXPORTS_F + PREPARED)),
     ('one_module_knows_cuda', House(modules={'core': 'cuda'})),
     ('only_documents_that_a_reader_has', text('paper §4; the specification of a run')),
-    ('words_that_read_once', text('A decorator makes a reader a data set. 1 - a in an x')),
+    ('words_that_read_once', text('It makes a reader a data set. 1 - a in an x')),
     ('words_that_read_once', text('once in a while a step, the smallest A on a few')),
 ]
 

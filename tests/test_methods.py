@@ -1,4 +1,5 @@
-"""Methods: declared in one place, refused by name, blind to what they must not see, and free of faces."""
+"""Methods: declared in one place, refused by name, blind to what they must not see, and
+free of faces: no training image can be recovered from what a preparation keeps."""
 import copy
 import os
 import subprocess
@@ -13,38 +14,41 @@ from torch import nn
 from torch.distributions import Bernoulli, Categorical, kl_divergence
 
 import oneshui.metastep  # noqa: F401  declares MetaUnlearn and MetaStep
+from oneshui import methods
 from oneshui.core import DataError, PresetError
 from oneshui.data import Pixels, make_request
-from oneshui.methods import (
-    METHODS, Count, Method, Positive, away, divergence, importance, input_covariance, input_rows, method, method_rows,
-    method_title, one_shot, pgu_loss, projected_layers, projection)
+from oneshui.methods import METHODS, Count, Method, Positive, method
 from oneshui.presets import for_request
 from oneshui.readers import read_faces
 from oneshui.vit import ImageSet, create_model, support_set
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILT_IN = [k for k, m in METHODS.items() if m.home.startswith('oneshui.')]
+PREPARED = [k for k in BUILT_IN if METHODS[k].prepare_fn]
 
 
 class World:
     "A network, image sets and portraits of a request of two."
     def __init__(self, name, data_dir, smoke):
         faces = read_faces(name, data_dir)
-        self.name, self.smoke, self.r = name, smoke, make_request(faces, 2, 0)
+        r = make_request(faces, 2, 0)
         pixels = Pixels(faces, smoke.model.image_size, None)
         sets = ('train', 'retain', 'forget', 'val', 'test')
-        self.D = {d: ImageSet(pixels, getattr(self.r, d)) for d in sets}
+        self.name, self.smoke = name, smoke
+        self.D = {d: ImageSet(pixels, getattr(r, d)) for d in sets}
         self.model = create_model(smoke.model, self.D['val'].n_classes, 0)
-        self.S = support_set(pixels, self.r.support)
+        self.S = support_set(pixels, r.support)
+        self.full = {d: self.D[d] for d in ('retain', 'forget')}
 
-    def settings(self, name): return for_request(name, self.smoke.hyper(self.name, name, 2), 2)
+    def settings(self, name):
+        return for_request(name, self.smoke.hyper(self.name, name, 2), 2)
 
-    def unlearned(self, name):
-        m, hp = METHODS[name], self.settings(name)
+    def prepare(self, name, hp):
         torch.manual_seed(0)
-        state = m.prepare(self.model, self.D['train'], self.D['val'], hp)
-        full = dict(retain=self.D['retain'], forget=self.D['forget']) if m.access == 'full' else {}
-        return m.unlearn(self.model, self.S, state, hp, **full)
+        return METHODS[name].prepare(self.model, self.D['train'], self.D['val'], hp)
+
+    def unlearn(self, name, state, hp, **full):
+        return METHODS[name].unlearn(self.model, self.S, state, hp, **full)
 
 
 @pytest.fixture(scope='module', params=['celeba', 'mufac'])
@@ -65,7 +69,6 @@ OUTSIDE = '''
 from typing import Annotated
 from pydantic import Field
 import torch
-from oneshui.core import device_of
 from oneshui.methods import method
 
 def shrink_prepare(model, train, val, *, images: Annotated[int, Field(ge=1)] = 64):
@@ -79,7 +82,7 @@ def shrink(model, support, state, *,
     "The head shrinks."
     with torch.no_grad():
         for _ in range(rounds): model.head.weight.mul_(factor)
-    return model.to(device_of(model))
+    return model
 '''
 
 
@@ -89,7 +92,8 @@ def outside(tmp_path, monkeypatch):
     (tmp_path / 'shrinkage.py').write_text(OUTSIDE)
     info = tmp_path / 'shrinkage-1.0.dist-info'
     info.mkdir()
-    (info / 'METADATA').write_text('Metadata-Version: 2.1\nName: shrinkage\nVersion: 1.0\n')
+    said = 'Metadata-Version: 2.1\nName: shrinkage\nVersion: 1.0\n'
+    (info / 'METADATA').write_text(said)
     (info / 'entry_points.txt').write_text('[oneshui.methods]\nshrink = shrinkage\n')
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
@@ -102,27 +106,28 @@ def test_a_method_from_outside_takes_twenty_lines(outside, registry, world):
     m = METHODS['shrink']
     assert (m.home, m.title, m.colour, m.version) == ('shrinkage', 'Shrink', 'C7', 1)
     assert m.required == ['factor'] and list(m.prepare_settings) == ['images']
-    rows = method_rows()
-    assert rows.index('neggrad') < rows.index('shrink') < rows.index('scrub'), 'one-shot first'
-    assert 'shrink' in one_shot() and method_title('shrink') == 'Shrink'
+    rows = methods.method_rows()
+    assert rows.index('neggrad') < rows.index('shrink') < rows.index('scrub')
+    assert methods.method_title('shrink') == 'Shrink' and 'shrink' in methods.one_shot()
     hp = dict(factor=.5, rounds=2)
-    state = m.prepare(world.model, world.D['train'], world.D['val'], hp)
-    u = m.unlearn(world.model, world.S, state, hp)
+    u = world.unlearn('shrink', world.prepare('shrink', hp), hp)
     assert torch.equal(u.head.weight, world.model.head.weight / 4)
 
 
 def test_a_method_from_outside_is_found_by_its_entry_point(outside):
-    ask = 'from oneshui.methods import METHODS, method_rows; print(METHODS["shrink"].home, "shrink" in method_rows())'
+    ask = ('from oneshui.methods import METHODS, method_rows; '
+           'print(METHODS["shrink"].home, "shrink" in method_rows())')
     env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(outside), str(ROOT)]))
-    r = subprocess.run([sys.executable, '-c', ask], capture_output=True, text=True, env=env, cwd=outside)
+    r = subprocess.run([sys.executable, '-c', ask], capture_output=True, text=True,
+                       env=env, cwd=outside)
     assert r.stdout.split() == ['shrinkage', 'True'], r.stderr
 
 
 def test_a_name_is_taken_once(registry):
     def neggrad(model, support, state): return model
     neggrad.__module__ = 'elsewhere'
-    with pytest.raises(PresetError, match='"neggrad" is declared in oneshui.methods and again in elsewhere. Rename'):
-        method('Mine')(neggrad)
+    says = '"neggrad" is declared in oneshui.methods and again in elsewhere. Rename'
+    with pytest.raises(PresetError, match=says): method('Mine')(neggrad)
 
 
 def test_declarations_that_cannot_work_are_refused(registry):
@@ -130,14 +135,17 @@ def test_declarations_that_cannot_work_are_refused(registry):
     def two_values(model, support, state, *, k: int = 2): return model
     with pytest.raises(PresetError, match='k has one default to prepare with'):
         method('Two values', prepare=prepare)(two_values)
-    with pytest.raises(PresetError, match='access = "ful". Valid: one-shot, full'): method('Typo', access='ful')
+    with pytest.raises(PresetError, match='access = "ful". Valid: one-shot, full'):
+        method('Typo', access='ful')
     assert 'two_values' not in METHODS
 
 
 def test_rows_and_titles():
-    assert [k for k in method_rows() if k in (*BUILT_IN, 'pretrain', 'retrain')] == [
-        'pretrain', 'retrain', 'neggrad', 'ssd', 'pgu', 'jit', 'metaunlearn', 'metastep', 'scrub', 'bad_teacher']
-    titles = [method_title(k) for k in ('pretrain', 'neggrad', 'scrub')]
+    known = ['pretrain', 'retrain', *BUILT_IN]
+    ours = [k for k in methods.method_rows() if k in known]
+    assert ours == ['pretrain', 'retrain', 'neggrad', 'ssd', 'pgu', 'jit',
+                    'metaunlearn', 'metastep', 'scrub', 'bad_teacher']
+    titles = [methods.method_title(k) for k in ('pretrain', 'neggrad', 'scrub')]
     assert titles == ['Pretrain', 'NegGrad', 'SCRUB †']
 
 
@@ -149,9 +157,10 @@ def test_rows_and_titles():
     ('neggrad', dict(lr=.1, eta=.2), ['unknown setting eta', 'Valid: lr']),
     ('neggrad', dict(lr='much'), ["setting lr = 'much'", 'valid number']),
     ('neggrad', dict(lr=float('nan')), ['setting lr = nan']),
-    ('pgu', dict(lr=1, epochs=2, gamma=1.5), ['setting gamma = 1.5', 'less than or equal to 1']),
+    ('pgu', dict(lr=1, epochs=2, gamma=1.5), ['gamma = 1.5', 'less than or equal']),
     ('pgu', dict(lr=1, epochs=2.5, gamma=.5), ['setting epochs = 2.5', 'integer']),
-    ('pgu', dict(lr=1, epochs=0, gamma=.5, multilabel='all'), ['setting epochs = 0', "multilabel = 'all'", "'released'"]),
+    ('pgu', dict(lr=1, epochs=0, gamma=.5, multilabel='all'),
+     ['setting epochs = 0', "multilabel = 'all'", "'released'"]),
     ('ssd', dict(dampening=1, selection=1, batch_size=0), ['setting batch_size = 0']),
 ])
 def test_a_wrong_setting_is_refused_by_name(name, hp, says):
@@ -160,29 +169,31 @@ def test_a_wrong_setting_is_refused_by_name(name, hp, says):
 
 
 def test_unknown_method_lists_the_valid_ones():
-    with pytest.raises(PresetError, match='method "forget_it" is unknown. Valid: neggrad, ssd, pgu'): METHODS['forget_it']
+    says = 'method "forget_it" is unknown. Valid: neggrad, ssd, pgu'
+    with pytest.raises(PresetError, match=says): METHODS['forget_it']
 
 
 def test_check_leaves_what_differs_from_the_defaults():
-    m = METHODS['ssd']
-    assert m.check(dict(dampening=1, selection='50', batch_size=128)) == dict(dampening=1., selection=50.)
-    assert m.check(dict(dampening=1, selection=50, batch_size=64))['batch_size'] == 64
-    assert m.check(m.check(dict(dampening=2, selection=50))) == dict(dampening=2., selection=50.)
+    check, some = METHODS['ssd'].check, dict(dampening=1, selection='50')
+    assert check(some | dict(batch_size=128)) == dict(dampening=1., selection=50.)
+    assert check(some | dict(batch_size=64))['batch_size'] == 64
+    assert check(check(some)) == check(some)
 
 
-def test_each_moment_reads_its_own_settings_and_refuses_unknown_ones(world):
-    ssd, D = METHODS['ssd'], world.D
-    assert ssd.prepare(world.model, D['train'], D['val'], {})   # λ and α are not needed yet
-    for hp in (dict(batchsize=1), dict(batch_size=0)):
-        with pytest.raises(PresetError): ssd.prepare(world.model, D['train'], D['val'], hp)
-        with pytest.raises(PresetError): ssd.unlearn(world.model, world.S, {}, hp | dict(dampening=1, selection=1))
-    assert METHODS['jit'].prepare(world.model, D['train'], D['val'], dict(lr=1, sigma=1)) == {}
+def test_each_moment_reads_its_own_settings(world):
+    assert world.prepare('ssd', {})   # λ and α are not needed yet
+    for wrong in (dict(batchsize=1), dict(batch_size=0)):
+        with pytest.raises(PresetError): world.prepare('ssd', wrong)
+        with pytest.raises(PresetError):
+            world.unlearn('ssd', {}, wrong | dict(dampening=1, selection=1))
+    assert world.prepare('jit', dict(lr=1, sigma=1)) == {}
 
 
 def test_bare_and_future_annotations_are_read(registry):
-    def bare(model, support, state, *, anything=3, lr: 'Positive' = .1, n: Count = 2): return model
+    def bare(model, support, state, *, anything=3, lr: 'Positive' = .1, n: Count = 2): 0
     m = Method('bare', 'Bare', 'one-shot', '', 'C0', 1, None, bare, __name__)
-    assert m.check(dict(anything='x', lr=.1, n=2)) == dict(anything='x') and not m.required
+    assert not m.required
+    assert m.check(dict(anything='x', lr=.1, n=2)) == dict(anything='x')
     with pytest.raises(PresetError, match='lr = -1'): m.check(dict(lr=-1))
 
 
@@ -192,44 +203,42 @@ def test_one_shot_methods_get_the_portraits_and_nothing_else(world, registry):
     seen = []
     @method('Spy')
     def spy(model, support, state, *, lr: Positive = 1.):
-        seen.append((support, dict(state), lr)); return model
-    METHODS['spy'].unlearn(world.model, world.S, dict(kept=torch.ones(1)), {})
-    (S, state, lr), = seen
-    assert S is world.S and list(state) == ['kept'] and lr == 1
-    assert not hasattr(S, 'pixels') and len(S.x) == 2, 'no way back to the data set'
-    for name in one_shot():
-        if name == 'spy' or name not in BUILT_IN: continue
-        with pytest.raises(DataError, match='must not see retain or forget'):
-            METHODS[name].unlearn(world.model, world.S, {}, world.settings(name), world.D['retain'], world.D['forget'])
+        seen.append((support, list(state), lr))
+        return model
+    world.unlearn('spy', dict(kept=torch.ones(1)), {})
+    assert seen == [(world.S, ['kept'], 1.)]
+    assert not hasattr(world.S, 'pixels') and len(world.S.x) == 2
 
 
-def test_full_access_needs_both_sets(world):
-    for name in ('scrub', 'bad_teacher'):
-        for given in ({}, dict(retain=world.D['retain'])):
-            with pytest.raises(DataError, match=f'{name} has full access: hand it retain and forget'):
-                METHODS[name].unlearn(world.model, world.S, {}, world.settings(name), **given)
+@pytest.mark.parametrize('name', BUILT_IN)
+def test_a_method_gets_what_its_access_says(name, world):
+    hp, one_shot = world.settings(name), METHODS[name].access == 'one-shot'
+    ways = [dict(retain=world.D['retain'])] + [world.full if one_shot else {}]
+    says = 'must not see retain or forget' if one_shot else 'hand it retain and forget'
+    for given in ways:
+        with pytest.raises(DataError, match=says): world.unlearn(name, {}, hp, **given)
 
 
 @pytest.mark.parametrize('name', BUILT_IN)
 def test_the_model_handed_in_is_unchanged(name, world):
-    before = copy.deepcopy(world.model.state_dict())
-    u = world.unlearned(name)
+    before, hp = copy.deepcopy(world.model.state_dict()), world.settings(name)
+    full = world.full if METHODS[name].access == 'full' else {}
+    u = world.unlearn(name, world.prepare(name, hp), hp, **full)
     assert u is not world.model and not u.training
     assert all(torch.equal(v, before[k]) for k, v in world.model.state_dict().items())
     assert all(p.grad is None for p in world.model.parameters())
     assert all(torch.isfinite(p).all() for p in u.parameters())
-    moved = [not torch.equal(p, before[k]) for k, p in u.named_parameters()]
-    assert any(moved)
+    assert any(not torch.equal(p, before[k]) for k, p in u.named_parameters())
 
 
 def test_scrub_without_forget_epochs_never_looks_at_those_to_forget(world):
     class Locked:
         def batches(self, *_): raise AssertionError('D_f was read')
-    for f in (0, 1):
-        ask = lambda: METHODS['scrub'].unlearn(
-            world.model, world.S, {}, dict(lr=1e-3, forget_epochs=f, epochs=1), world.D['retain'], Locked())
-        if not f: ask(); continue
-        with pytest.raises(AssertionError, match='D_f was read'): ask()
+    full = dict(retain=world.D['retain'], forget=Locked())
+    hp = dict(lr=1e-3, epochs=1)
+    ask = lambda F: world.unlearn('scrub', {}, hp | dict(forget_epochs=F), **full)
+    ask(0)
+    with pytest.raises(AssertionError, match='D_f was read'): ask(1)
 
 
 # ---- the parts
@@ -238,107 +247,117 @@ class Images:
     "Tensors that behave like a set of images."
     def __init__(self, x, y): self.x, self.y = x, y
     def batches(self, size, *_, **__):
-        for k in range(0, len(self.y), size): yield self.x[k:k + size], self.y[k:k + size]
+        for k in range(0, len(self.y), size):
+            yield self.x[k:k + size], self.y[k:k + size]
 
 
 @pytest.fixture
 def cnn():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 8, 3, 1, 2, dilation=2), nn.ReLU(),
-                         nn.Conv2d(8, 8, 3, groups=4), nn.Flatten(), nn.Linear(8 * 36, 5)).eval()
+    return nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(),
+                         nn.Conv2d(4, 8, 3, 1, 2, dilation=2), nn.ReLU(),
+                         nn.Conv2d(8, 8, 3, groups=4), nn.Flatten(),
+                         nn.Linear(288, 5)).eval()
 
 
 def test_importance_is_the_mean_squared_gradient_of_batches(cnn):
     x, y = torch.randn(6, 3, 16, 16), torch.randint(0, 5, (6,))
-    found = importance(cnn, Images(x, y), 4)
-    each = []
+    found, each = methods.importance(cnn, Images(x, y), 4), []
     for k in (slice(0, 4), slice(4, 6)):
         cnn.zero_grad()
         nn.functional.cross_entropy(cnn(x[k]), y[k]).backward()
         each.append({n: p.grad ** 2 for n, p in cnn.named_parameters()})
-    for n, v in found.items(): assert torch.allclose(v, (each[0][n] + each[1][n]) / 2, atol=1e-7)
+    for n, v in found.items():
+        assert torch.allclose(v, (each[0][n] + each[1][n]) / 2, atol=1e-7)
 
 
 def test_ssd_is_pretrain_to_the_digit_where_nothing_exceeds_the_threshold(world):
-    m, D = METHODS['ssd'], world.D
-    state = m.prepare(world.model, D['train'], D['val'], {})
-    everything = m.unlearn(world.model, world.S, state, dict(dampening=.5, selection=1e-9))
-    nothing = m.unlearn(world.model, world.S, state, dict(dampening=.5, selection=1e30))
-    same = [torch.equal(a, b) for a, b in zip(nothing.parameters(), world.model.parameters())]
-    assert all(same)
-    assert not torch.equal(everything.head.weight, world.model.head.weight)
-    assert all((a.abs() <= b.abs()).all() for a, b in zip(everything.parameters(), world.model.parameters()))
+    state, before = world.prepare('ssd', {}), list(world.model.parameters())
+    damp = lambda α: world.unlearn('ssd', state, dict(dampening=.5, selection=α))
+    assert all(torch.equal(a, b) for a, b in zip(damp(1e30).parameters(), before))
+    everything = list(damp(1e-9).parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(everything, before))
+    assert all((a.abs() <= b.abs()).all() for a, b in zip(everything, before))
 
 
 def test_input_rows_times_the_weight_are_the_layers_answer(cnn):
-    answers = {}
-    hooks = [m.register_forward_hook(lambda m, a, out, k=k: answers.update({k: (a[0], out)}))
-             for k, m in projected_layers(cnn).items()]
+    seen = {}
+    for k, m in methods.projected_layers(cnn).items():
+        m.register_forward_hook(lambda m, a, out, k=k: seen.update({k: (m, a[0], out)}))
     cnn(torch.randn(2, 3, 16, 16))
-    for h in hooks: h.remove()
-    assert list(answers) == ['0', '2', '6'], 'a grouped convolution sees parts of a patch'
-    for k, (a, out) in answers.items():
-        layer = cnn[int(k)]
-        rows = input_rows(layer, a) @ layer.weight.flatten(1).T + layer.bias
-        assert torch.allclose(rows, out.flatten(2).transpose(1, 2).reshape(rows.shape) if out.ndim == 4 else out, atol=1e-5)
+    assert list(seen) == ['0', '2', '6'], 'a grouped convolution sees parts of a patch'
+    for layer, a, out in seen.values():
+        rows = methods.input_rows(layer, a) @ layer.weight.flatten(1).T + layer.bias
+        if out.ndim == 4: out = out.flatten(2).transpose(1, 2).reshape(rows.shape)
+        assert torch.allclose(rows, out, atol=1e-5)
 
 
 def test_covariance_does_not_depend_on_the_batch_size(cnn):
     images = Images(torch.randn(7, 3, 16, 16), torch.zeros(7))
-    a, b = input_covariance(cnn, images, 7), input_covariance(cnn, images, 2)
+    a, b = (methods.input_covariance(cnn, images, size) for size in (7, 2))
     assert all(torch.allclose(a[k], b[k], rtol=1e-4, atol=1e-3) for k in a)
     assert not any(m._forward_hooks for m in cnn.modules()), 'the hooks are gone'
 
 
-@pytest.mark.parametrize('gamma, rank', [(0., 1), (.5, 1), (.65, 1), (.7, 2), (.95, 3), (1., 4)])
+SHARES = [(0., 1), (.5, 1), (.65, 1), (.7, 2), (.95, 3), (1., 4)]
+
+
+@pytest.mark.parametrize('gamma, rank', SHARES)
 def test_projection_protects_a_share_of_the_spectrum(gamma, rank):
-    U, _ = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))
-    P = projection(U @ torch.diag(torch.tensor([36., 4, 1, 1e-4], dtype=torch.float64)) @ U.T, gamma)   # √: 6, 2, 1, .01
-    assert torch.allclose(P, P.T) and torch.allclose(P @ P, P) and round(float(P.trace())) == rank
-    assert torch.allclose(P @ U[:, 0], U[:, 0])
+    U, _ = torch.linalg.qr(torch.randn(4, 4).double())
+    s = torch.tensor([6., 2, 1, .01]).double()
+    P = methods.projection(U @ torch.diag(s ** 2) @ U.T, gamma)
+    assert torch.allclose(P, P.T) and torch.allclose(P @ P, P)
+    assert round(float(P.trace())) == rank and torch.allclose(P @ U[:, 0], U[:, 0])
 
 
 def test_a_projected_step_leaves_retained_answers_alone():
     torch.manual_seed(0)
-    few, many, g, kernel = (torch.randn(*s).double() for s in ((4, 16), (50, 4), (3, 16), (3, 4, 2, 2)))
-    retained = many @ few   # in four of sixteen dimensions
-    P = projection(retained.T @ retained, .99999)
+    shapes = (4, 16), (50, 4), (3, 16), (3, 4, 2, 2)
+    few, many, g, kernel = (torch.randn(*s).double() for s in shapes)
+    retained, away = many @ few, methods.away   # four of sixteen dimensions
+    P = methods.projection(retained.T @ retained, .99999)
     moved = lambda step: (retained @ step.T).abs().max()
     assert moved(away(g, P)) < 1e-4 * moved(g) and away(g, P).norm() > .1 * g.norm()
     assert torch.equal(away(kernel, P).flatten(1), away(kernel.flatten(1), P))
 
 
 def test_pgu_moves_weights_only_and_less_the_more_it_protects(world):
-    m, hp = METHODS['pgu'], dict(lr=.1, epochs=2)
-    state = m.prepare(world.model, world.D['train'], world.D['val'], {})
+    state, far = world.prepare('pgu', {}), []
     before = dict(world.model.named_parameters())
-    far = []
+    weights = [f'{k}.weight' for k in methods.projected_layers(world.model)]
     for γ in (0., .9, 1.):
-        u = m.unlearn(world.model, world.S, state, hp | dict(gamma=γ))
+        u = world.unlearn('pgu', state, dict(lr=.1, epochs=2, gamma=γ))
         moved = {k: (p - before[k]).norm().item() for k, p in u.named_parameters()}
-        assert all(v == 0 for k, v in moved.items() if k.removesuffix('.weight') not in projected_layers(u))
+        assert not any(v for k, v in moved.items() if k not in weights)
         far.append(sum(moved.values()))
     assert far[0] > far[1] > 0 and far[2] < 1e-3 * far[0]
 
 
 def test_pgu_loss_by_hand():
     p = torch.tensor([[.2, .5, .3]])
-    ours = pgu_loss(p.log(), torch.tensor([1]))
-    assert ours == pytest.approx(-np.log(1 - .5 + .05) + .2 * float((p * p.log()).sum()), abs=1e-5)
-    logits, y = torch.zeros(1, 40), torch.zeros(1, 40)
+    by_hand = -np.log(1 - .5 + .05) + .2 * float((p * p.log()).sum())
+    found = methods.pgu_loss(p.log(), torch.tensor([1]))
+    assert found.item() == pytest.approx(by_hand, abs=1e-5)
+    logits, y = torch.zeros(1, 40, requires_grad=True), torch.zeros(1, 40)
     y[0, [3, 7]] = 1
-    assert pgu_loss(logits, y) == pytest.approx(-np.log(.55) - .2 * np.log(2), abs=1e-5)
-    logits.requires_grad_()
-    touched = [torch.autograd.grad(pgu_loss(logits, y, how), logits)[0][0].nonzero().flatten().tolist()
-               for how in ('positive', 'released')]
-    assert touched[0] == [3, 7] and {0, 1} <= set(touched[1]), '0/1 targets used as indices'
+    loss = {how: methods.pgu_loss(logits, y, how) for how in ('positive', 'released')}
+    by_hand = -np.log(.55) - .2 * np.log(2)
+    assert loss['positive'].item() == pytest.approx(by_hand, abs=1e-5)
+    touched = {how: torch.autograd.grad(v, logits)[0][0].nonzero().flatten().tolist()
+               for how, v in loss.items()}
+    assert touched['positive'] == [3, 7] and {0, 1} <= set(touched['released'])
 
 
-@pytest.mark.parametrize('task, kind', [('softmax', Categorical), ('sigmoid', Bernoulli)])
+KINDS = [('softmax', Categorical), ('sigmoid', Bernoulli)]
+
+
+@pytest.mark.parametrize('task, kind', KINDS)
 def test_divergence_is_torchs(task, kind):
     t, s, T = torch.randn(5, 8), torch.randn(5, 8), 3.
     kl = kl_divergence(kind(logits=t / T), kind(logits=s / T))
-    assert torch.allclose(divergence(t, s, T, task), T ** 2 * (kl.sum(1) if kl.ndim == 2 else kl).mean(), atol=1e-5)
+    want = T ** 2 * (kl.sum(1) if kl.ndim == 2 else kl).mean()
+    assert torch.allclose(methods.divergence(t, s, T, task), want, atol=1e-5)
 
 
 # ---- no training image can be recovered from what a preparation keeps
@@ -353,9 +372,8 @@ def forms(x):
 
 def window_lengths(t, width):
     "How far each window of a tensor, read in a circle, is from being constant."
-    t = np.concatenate([t, t[:width]]).astype(np.longdouble)   # sums of squares lose digits
+    n, t = len(t), np.concatenate([t, t[:width]]).astype(np.longdouble)
     sums, squares = (np.concatenate([[0], np.cumsum(v)]) for v in (t, t * t))
-    n = len(t) - width
     s, q = sums[width:][:n] - sums[:n], squares[width:][:n] - squares[:n]
     return np.sqrt(np.maximum(q - s * s / width, 0)).astype(float)
 
@@ -365,47 +383,55 @@ def likeness(state, x):
     best = np.zeros((3, len(x)))
     for t in state.values():
         t = t.double().numpy().ravel()
+        t = t - t.mean()
         for f, v in enumerate(forms(x)):
             if v.shape[1] > len(t): continue
             length = window_lengths(t, v.shape[1])
-            length[length <= 1e-8 * np.linalg.norm(t)] = np.inf   # nothing there but rounding
-            product = np.fft.irfft(np.fft.rfft(t) * np.conj(np.fft.rfft(v, len(t))), len(t))
-            best[f] = np.maximum(best[f], np.abs(product / length).max(1))
+            length[length <= 1e-8 * np.linalg.norm(t)] = np.inf   # only rounding there
+            spectrum = np.fft.rfft(t) * np.conj(np.fft.rfft(v, len(t)))
+            found = np.abs(np.fft.irfft(spectrum, len(t)) / length)
+            best[f] = np.maximum(best[f], found.max(1))
     return best
 
 
 def recovered(state, train, strangers):
-    "Positions of training images that match better than half-way from the best stranger to identity."
+    "Training images that match better than half-way from the best stranger to a copy."
     limit = (1 + likeness(state, strangers).max(1, keepdims=True)) / 2
     return np.flatnonzero((likeness(state, train) > limit).any(0)).tolist()
 
 
 @pytest.fixture(scope='module')
 def images(data_dir, smoke):
-    "Training images of each data set, and as many of another."
-    x = {n: World(n, data_dir, smoke).D['train'].tensors()[0] for n in ('celeba', 'mufac')}
+    "Training images of each data set, and images of another."
+    world = lambda name: World(name, data_dir, smoke)
+    x = {n: world(n).D['train'].tensors()[0] for n in ('celeba', 'mufac')}
     return dict(celeba=(x['celeba'], x['mufac'][:60]), mufac=(x['mufac'], x['celeba']))
 
 
 @pytest.mark.parametrize('dataset', ['celeba', 'mufac'])
-@pytest.mark.parametrize('name', [k for k in BUILT_IN if METHODS[k].prepare_fn])
+@pytest.mark.parametrize('name', PREPARED)
 def test_no_training_image_is_in_a_state(name, dataset, shared, smoke, images):
     state, _ = shared.prepared(shared.spec(smoke, dataset, 2, 0, name))
     assert state and recovered(state, *images[dataset]) == []
 
 
 HIDDEN = dict(
-    as_it_is=lambda x: x, scaled_and_shifted=lambda x: 1e-6 * x + 40, inverted=lambda x: -x,
-    channels_last=lambda x: x.permute(1, 2, 0), grey=lambda x: x.mean(0), rolled=lambda x: x.roll((5, -7), (1, 2)),
-    noisy=lambda x: x + .1 * torch.randn(x.shape), in_bytes=lambda x: ((x + 1) * 127.5).to(torch.uint8))
+    as_it_is=lambda x: x,
+    scaled_and_lifted=lambda x: 1e-3 * x + 40,
+    inverted=lambda x: -x,
+    channels_last=lambda x: x.permute(1, 2, 0),
+    grey=lambda x: x.mean(0),
+    moved=lambda x: x.roll((1, -2), (1, 2)),
+    noisy=lambda x: x + .1 * torch.randn(x.shape),
+    in_bytes=lambda x: ((x + 1) * 127.5).to(torch.uint8))
 
 
 @pytest.mark.parametrize('how', HIDDEN)
 def test_an_image_in_a_state_is_found(how, images):
     torch.manual_seed(0)
-    copied = HIDDEN[how](images['celeba'][0][17]).flatten().float()
-    between = copied.std() * torch.randn(2, 5000) + copied.mean()
-    state = dict(weights=torch.randn(64, 64), memory=torch.cat([between[0], copied, between[1]]))
-    assert 17 in recovered(state, *images['celeba'])   # others of the same person may look like it
+    hidden = HIDDEN[how](images['celeba'][0][17]).flatten().float()
+    before, after = hidden.std() * torch.randn(2, 5000) + hidden.mean()
+    state = dict(weights=torch.randn(64, 64), memory=torch.cat([before, hidden, after]))
+    assert 17 in recovered(state, *images['celeba'])   # and perhaps the same person's
     assert likeness(state, images['celeba'][0]).max(0).argmax() == 17
-    assert recovered(dict(memory=torch.cat([*between])), *images['celeba']) == []
+    assert recovered(dict(memory=torch.cat([before, after])), *images['celeba']) == []

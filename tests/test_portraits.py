@@ -1,4 +1,4 @@
-"""The drawings: the same pixels whoever draws them, and the ones that VERSION stands for."""
+"""The drawings: the same pixels whoever draws them, and those of their VERSION."""
 import numpy as np
 import pytest
 

@@ -8,7 +8,8 @@ from playwright.sync_api import sync_playwright
 @pytest.fixture(scope='session')
 def browser():
     names = ('chromium', 'chromium-browser', 'google-chrome')
+    found = next(filter(None, map(shutil.which, names)), None)
     with sync_playwright() as p:
-        b = p.chromium.launch(executable_path=next(filter(None, map(shutil.which, names)), None), args=['--no-sandbox'])
+        b = p.chromium.launch(executable_path=found, args=['--no-sandbox'])
         yield b
         b.close()
