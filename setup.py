@@ -1,4 +1,4 @@
-# Project metadata lives in settings.ini (nbdev's home for it); this hands it to setuptools.
+# Project metadata lives in settings.ini, nbdev's home for it; setuptools gets it here.
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -8,8 +8,9 @@ cfg = ConfigParser(delimiters=['='], interpolation=None)
 cfg.read(Path(__file__).parent / 'settings.ini', encoding='utf-8')
 s = cfg['DEFAULT']
 extras = ('notebooks', 'dev', 'docs', 'browser')
-setup(name=s['lib_name'], version=s['version'], description=s['description'], url=s['git_url'],
-      author=s['author'], author_email=s['author_email'], license=s['license'],
+setup(name=s['lib_name'], version=s['version'], description=s['description'],
+      url=s['git_url'], author=s['author'], author_email=s['author_email'],
+      license=s['license'],
       packages=find_packages(include=['oneshui', 'oneshui.*']),
       package_data={'oneshui': ['assets/*', 'presets/*']},
       python_requires='>=' + s['min_python'],

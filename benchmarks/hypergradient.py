@@ -1,53 +1,76 @@
-"""Seconds and peak memory of the exact hypergradient against the double backward it replaces, as ratios in one run each.
+"""Seconds and peak memory of the exact hypergradient against double backward.
 
-python benchmarks/hypergradient.py [--arch vit_base_patch16_224 --size 224 --batches 2 --batch 8 --support 5]
+python benchmarks/hypergradient.py
+    [--arch vit_base_patch16_224 --size 224 --batches 2 --batch 8 --support 5]
 """
-import argparse, multiprocessing, resource, time
+import argparse
+import multiprocessing
+import resource
+import time
+from functools import partial
+
+FORMS = 'hypergradient_oracle', 'hypergradient'
+SETTINGS = dict(size=64, batches=0, batch=64, support=20, repeat=5)
+
+
+def shares(θ_u, model, pairs):
+    "A, one pair of batches after the other."
+    import torch
+    from oneshui.metaunlearn import meta_objective, outputs
+    for (xf, yf), (xv, yv) in pairs:
+        with torch.no_grad(): before, after = model(xv), outputs(model, θ_u, xv)[0]
+        sides = (outputs(model, θ_u, xf)[0], yf), (before, yv), (after, yv)
+        yield meta_objective(*sides) / len(pairs)
 
 
 def world(a):
-    import timm, torch
-    from oneshui.metaunlearn import MetaLoss, meta_objective, outputs
+    "Model, h_φ, S, η and outer, of random images."
+    import timm
+    import torch
+    from oneshui.metaunlearn import MetaLoss
     torch.manual_seed(0)
     torch.set_num_threads(2)
-    options = {} if a.size == 224 else dict(embed_dim=128, depth=4, num_heads=4)
-    model = timm.create_model(a.arch, img_size=a.size, num_classes=40, **options).eval()
-    h = MetaLoss(40, model.embed_dim, a.support).train()
-    image, label = lambda n: torch.randn(n, 3, a.size, a.size), lambda n: (torch.rand(n, 40) < .5).float()
-    pairs = [[(image(a.batch), label(a.batch)) for _ in range(2)] for _ in range(a.batches)]
-    def outer(θ_u):
-        for (xf, yf), (xv, yv) in pairs:
-            def share(xf=xf, yf=yf, xv=xv, yv=yv):
-                with torch.no_grad(): v0, v1 = model(xv), outputs(model, θ_u, xv)[0]
-                return meta_objective((outputs(model, θ_u, xf)[0], yf), (v0, yv), (v1, yv)) / a.batches
-            yield share
-    return model, h, (image(a.support), label(a.support), torch.arange(a.support)), .1, outer
+    small = {} if a.size == 224 else dict(embed_dim=128, depth=4, num_heads=4)
+    model = timm.create_model(a.arch, img_size=a.size, num_classes=40, **small).eval()
+    def images(n):
+        return torch.randn(n, 3, a.size, a.size), (torch.rand(n, 40) < .5).float()
+    h = MetaLoss(40, model.embed_dim, a.support)
+    S = *images(a.support), torch.arange(a.support)
+    pairs = [[images(a.batch) for _ in range(2)] for _ in range(a.batches)]
+    return model, h, S, .1, partial(shares, model=model, pairs=pairs)
+
+
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024   # MB
 
 
 def measure(name, a, out):
-    import oneshui.metaunlearn as mu
-    w = world(a)
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    getattr(mu, name)(*w)
-    t = time.perf_counter()   # the first call also imports
-    for _ in range(a.repeat): getattr(mu, name)(*w)
-    out.put((name, (time.perf_counter() - t) / a.repeat, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024))
+    "Seconds a call and extra memory, in a process of its own: a peak does not go down."
+    import oneshui.metaunlearn
+    form, w = getattr(oneshui.metaunlearn, name), world(a)
+    before = peak()
+    form(*w)   # also imports
+    start = time.perf_counter()
+    for _ in range(a.repeat): form(*w)
+    out.put(((time.perf_counter() - start) / a.repeat, peak() - before))
+
+
+def measured(name, a):
+    spawn = multiprocessing.get_context('spawn')
+    out = spawn.Queue()
+    process = spawn.Process(target=measure, args=(name, a, out))
+    process.start()
+    found = out.get()
+    process.join()
+    return found
 
 
 if __name__ == '__main__':
-    p = argparse.ArgumentParser(); p.add_argument('--arch', default='vit_base_patch16_224')
-    for k, v in dict(size=64, batches=0, batch=64, support=20, repeat=5).items():
-        p.add_argument('--' + k, type=int, default=v)
-    a = p.parse_args(); ctx = multiprocessing.get_context('spawn')
-    print('D_f batches | seconds: oracle / ours | extra memory: oracle / ours (MB)')
-    for a.batches in ([a.batches] if a.batches else [1, 2, 4]):
-        got = {}
-        for name in ('hypergradient_oracle', 'hypergradient'):   # one process each: peak memory does not go down again
-            q = ctx.Queue()
-            r = ctx.Process(target=measure, args=(name, a, q))
-            r.start()
-            n, s, m = q.get()
-            r.join()
-            got[n] = (s, m)
-        (s0, m0), (s1, m1) = got['hypergradient_oracle'], got['hypergradient']
-        print(f'{a.batches:11d} | {s0:.2f} / {s1:.2f} = {s0 / s1:.2f}x   | {m0:.0f} / {m1:.0f} = {m0 / max(m1, 1):.2f}x')
+    p = argparse.ArgumentParser()
+    p.add_argument('--arch', default='vit_base_patch16_224')
+    for k, v in SETTINGS.items(): p.add_argument(f'--{k}', type=int, default=v)
+    a = p.parse_args()
+    print('D_f batches | seconds: naive / exact | extra memory: naive / exact (MB)')
+    for a.batches in [a.batches] if a.batches else [1, 2, 4]:
+        (s, m), (s1, m1) = (measured(name, a) for name in FORMS)
+        print(f'{a.batches:11d} | {s:.2f} / {s1:.2f} = {s / s1:.2f}x   '
+              f'| {m:.0f} / {m1:.0f} = {m / max(m1, 1):.2f}x')

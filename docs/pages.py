@@ -14,6 +14,7 @@ from sphinx.util import logging
 
 log = logging.getLogger(__name__)
 CODE = (nodes.FixedTextElement, nodes.literal, nodes.math)
+EVERYDAY = {'run', 'score', 'focus', 'progress'}   # terms that are ordinary words, too
 TAKEN = (*CODE, nodes.title, nodes.reference, nodes.term, nodes.table, pending_xref)
 
 
@@ -63,7 +64,7 @@ class Prose(SphinxPostTransform):
 
     def link_terms(self):
         "The first use of each glossary term leads to its definition."
-        terms = {t.lower() for t in self.env.get_domain('std')._terms}
+        terms = {t.lower() for t in self.env.get_domain('std')._terms} - EVERYDAY
         for text in self.texts():
             while is_prose(text) and (hit := first_term(text, terms)):
                 terms.remove(hit['term'].lower())

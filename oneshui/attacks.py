@@ -142,15 +142,15 @@ def mia(run: Outputs) -> dict:
     "The loss attack on a run."
     return loss_mia(*(run.loss(d) for d in ('retain', 'val', 'forget', 'test')))
 
-# %% ../nbs/api/attacks.ipynb #e8c0b99a
+# %% ../nbs/api/attacks.ipynb #9a4a2e6c
 RMIA_GRID = tuple(itertools.product((1, 2, 4, 8), (.2, .3, .5, 1)))   # γ × a
 
 def views_of(
     losses: np.ndarray,  # [n], or [A, n]: a row for each view
 ) -> np.ndarray:         # float32 [A, n]
     "Losses as rows of views, within what exp can hold."
-    finite = np.nan_to_num(np.asarray(losses, np.float32), nan=88., posinf=88.)
-    return np.atleast_2d(np.clip(finite, 1e-12, 88.))
+    finite = np.nan_to_num(np.asarray(losses, np.float32), nan=80., posinf=80.)
+    return np.atleast_2d(np.clip(finite, 1e-12, 80.))
 
 def log_ratio(
     losses: tuple,  # under the attacked model and the reference model: [A, n] each

@@ -89,7 +89,7 @@ def name(self: RunSpec) -> str:
     data = Path(self.dataset).stem
     return f'{data}-{self.n_forget}-seed{seeds}-{kind}-{self.digest}'
 
-# %% ../nbs/api/runs.ipynb #23280fff
+# %% ../nbs/api/runs.ipynb #14059fde
 def _source(fn):
     # a function's code as text, without comments, docstring and layout
     try: tree = ast.parse(textwrap.dedent(inspect.getsource(fn)))
@@ -106,9 +106,11 @@ def _functions(thing):
     inner = lambda v: getattr(v, 'fget', getattr(v, 'func', getattr(v, '__func__', v)))
     parts = filter(callable, map(inner, vars(thing).values()))
     found = [f for f in map(inspect.unwrap, parts) if inspect.isfunction(f)]
-    written = lambda f: not f.__code__.co_filename.startswith('<')   # not generated
-    return [f for f in found if written(f)]
+    by_hand = lambda f: not f.__code__.co_filename.startswith('<')   # not generated
+    ours = lambda f: f.__module__.split('.')[0] in ('oneshui', thing.__module__)
+    return [f for f in found if by_hand(f) and ours(f)]
 
+# %% ../nbs/api/runs.ipynb #e8c8b651
 def _named(fn):
     # functions and classes of the package that a function names
     codes = [fn.__code__]
@@ -454,7 +456,7 @@ def prepared(self: RunStore,
     run = self.get(self.related(s, 'prepared'))
     return run.state(), run.seconds['prepare_seconds']
 
-# %% ../nbs/api/runs.ipynb #97a50dd1
+# %% ../nbs/api/runs.ipynb #4d4dac61
 @patch
 def outputs(self: RunStore,
     s: RunSpec,
@@ -464,9 +466,9 @@ def outputs(self: RunStore,
     "What a run says about the images of a request."
     r = self.request(s.model_copy(update=dict(n_forget=n_forget or s.n_forget)))
     faces, logits = self.faces(s.dataset), self.get(s).logits()
-    y = torch.from_numpy(faces.targets)
     by_set = lambda a: {d: a[getattr(r, d)] for d in SETS}
-    return Outputs(by_set(logits), by_set(y), by_set(faces.identity),
+    targets = {d: torch.from_numpy(y) for d, y in by_set(faces.targets).items()}
+    return Outputs(by_set(logits), targets, by_set(faces.identity),
                    self.views(s, views, r) if views else {})
 
 # %% ../nbs/api/runs.ipynb #6faa6cb6

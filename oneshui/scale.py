@@ -32,7 +32,7 @@ def step_flops(
     with FlopCounterMode(display=False) as train: m(x).sum().backward()
     return dict(forward=forward.get_total_flops(), train=train.get_total_flops())
 
-# %% ../nbs/04_a100_training.ipynb #7defb80c
+# %% ../nbs/04_a100_training.ipynb #02e4ea0b
 def saved_numbers(
     part: nn.Module,  # a network or a block of it
     x: torch.Tensor,  # its input
@@ -40,12 +40,13 @@ def saved_numbers(
     "How many numbers autograd keeps of `part(x)`; the weights are there anyway."
     own, saved = {id(p) for p in part.parameters()}, {}
     def keep(t):
-        if id(t) not in own and t.dim() > 1: saved[id(t)] = t
+        seen_from = t if t._base is None else t._base   # a transposed weight is a view
+        if id(seen_from) not in own and t.dim() > 1: saved[id(t)] = t
         return t
     with saved_tensors_hooks(keep, lambda t: t): part(x)
     return sum(t.numel() for t in saved.values())
 
-# %% ../nbs/04_a100_training.ipynb #e05b5519
+# %% ../nbs/04_a100_training.ipynb #9675ac67
 def step_memory(
     model: nn.Module,      # on any device
     image_size: int,       # input edge in pixels
@@ -55,13 +56,15 @@ def step_memory(
 ) -> dict:                 # bytes: weights, gradients, optimizer, activations, total
     "Memory of one step of SGD with momentum."
     m, x = on_meta(model, image_size, batch_size)
-    p, again = 4 * sum(p.numel() for p in m.parameters()), 0
+    n, again = sum(p.numel() for p in m.parameters()), 0
     if checkpointing:
         m.set_grad_checkpointing(True)
         tokens = x.new_empty(batch_size, *m.pos_embed.shape[1:], requires_grad=True)
         again = saved_numbers(m.blocks[0], tokens)   # one block at a time
-    a = bytes_each * (saved_numbers(m, x) + again)
-    return dict(weights=p, gradients=p, optimizer=p, activations=a, total=3 * p + a)
+    copies = n * bytes_each if bytes_each < 4 else 0   # autocast's, of the weights
+    need = dict(weights=4 * n + copies, gradients=4 * n, optimizer=4 * n,
+                activations=bytes_each * (saved_numbers(m, x) + again))
+    return need | dict(total=sum(need.values()))
 
 # %% ../nbs/04_a100_training.ipynb #e5c8d1e4
 def a100_hours(

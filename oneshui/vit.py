@@ -361,7 +361,7 @@ def training_log(
     log['lr'] = [learning_rate(spec, epoch, 1.) for epoch in log.index]
     return log.assign(kept=log.index == log.val.idxmax())
 
-# %% ../nbs/01_vit_finetuning.ipynb #4f5f32cb
+# %% ../nbs/01_vit_finetuning.ipynb #90512bb3
 def fit(
     model: nn.Module,        # trained in place
     train: ImageSet,
@@ -370,7 +370,7 @@ def fit(
     seed: int = 0,           # of order and augmentation
     resume: str | Path | None = None, # folder to resume from and to save each epoch in
     quiet: bool = False,     # no progress bar
-) -> pd.DataFrame:           # a row an epoch: epoch, loss, val, lr, kept
+) -> pd.DataFrame:           # one row for each epoch: epoch, loss, val, lr, kept
     "Fine-tune; the weights of the best validation epoch stay. Raises `NumbersError`."
     opt, dev = optimiser(model, spec), device_of(model)
     best, rows = load_training(resume, model, opt) if resume else ({}, [])

@@ -13,7 +13,8 @@ torch.set_num_threads(2)
 
 
 @pytest.fixture(scope='session')
-def smoke(): return load_preset('smoke')
+def smoke():
+    return load_preset('smoke')
 
 
 @pytest.fixture(scope='session')

@@ -1,182 +1,301 @@
-"""MetaStep: exact gradients, what it reads, what it keeps, what it refuses."""
+"""The learner and its parts: what each changes, what is kept, what is refused."""
 import copy
+import itertools
+import math
 
 import numpy as np
 import pytest
-import timm
 import torch
 from safetensors.torch import load_file, save_file
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import nn
 
-from oneshui.baselines import _projected, get_method
-from oneshui.data import Pixels, make_request, read_faces
-from oneshui.metastep import SIZES, Simulation, StepLoss, StepSizes, direction, expected_error, input_bands, meta_gradient
-from oneshui.metaunlearn import outputs
+from oneshui.core import DataError, NumbersError, PresetError
+from oneshui.data import Pixels, make_request
+from oneshui.metastep import (Alignment, ForgetAndKeep, KeepTask, Simulation, Step,
+                              TaskAscent, expected_error, find_start, fixed_learner,
+                              value)
+from oneshui.metaunlearn import (MetaLoss, Published, learn_loss, parameters_of,
+                                 restored, shape_of, unlearn_once)
+from oneshui.methods import METHODS
 from oneshui.metrics import task_loss
+from oneshui.readers import read_faces
 from oneshui.vit import ImageSet, create_model, predict, support_set
 
-flat = lambda gs: torch.cat([g.flatten() for g in gs])
+SIZES, LOSSES = ('one', 'tensor', 'band'), ('task', 'corrected', 'learned')
+OBJECTIVES = ('forget_and_keep', 'alignment', 'scrub')
+QUICK = dict(simulated_size=2, requests=2, calibration=1, batch_size=8)
+PAPER = dict(simulated_size=2, eta=.1, epochs=1, hidden=16)
+
+
+def flat(tensors): return torch.cat([t.flatten() for t in tensors])
 
 
 @pytest.fixture(scope='module', params=['celeba', 'mufac'])
 def world(request, data_dir, smoke):
+    "A model, its image sets, a request's portraits."
     faces = read_faces(request.param, data_dir)
     r = make_request(faces, 2, 0)
     px = Pixels(faces, smoke.model.image_size, None)
     D = {k: ImageSet(px, getattr(r, k)) for k in ('train', 'val', 'forget')}
-    model = create_model(smoke.model, D['val'].n_classes, 0).eval()
+    model = create_model(smoke.model, D['val'].n_classes, 0)
     return model, D, support_set(px, r.support)
 
 
-@pytest.mark.parametrize('multilabel', [True, False])
-def test_gradients_equal_double_backward(multilabel):
+def prepared(world, name, **hp):
+    model, D, _ = world
     torch.manual_seed(0)
-    c = 5
-    net = (
-        timm.create_model(
-            'vit_base_patch16_224', img_size=32, patch_size=16, embed_dim=24, depth=2, num_heads=2, num_classes=c
-        )
-        .double()
-        .eval()
-    )
-    label = lambda n: (torch.rand(n, c) < .5).double() if multilabel else torch.randint(0, c, (n,))
-    x, y, xf, yf = torch.randn(3, 3, 32, 32).double(), label(3), torch.randn(6, 3, 32, 32).double(), label(6)
-    basis = {
-        k: input_bands(torch.cov(torch.randn(m.weight.flatten(1).shape[1], 999)).double())
-        for k, m in _projected(net).items()
-    }
-    H, M = StepSizes(net, 'spectrum', basis).double(), StepLoss(c, 24, 'both', 16).double()
-    torch.nn.init.normal_(M.h.net[-2].weight)
-    for p in (H.total, H.tensor, H.band): torch.nn.init.normal_(p, -1., .3)
-    objective = lambda θ: (expected_error(outputs(net, θ, xf)[0], yf).mean() - .3).abs()
-    A = meta_gradient(net, H, M, x, y, objective); params = [*H.parameters(), *M.parameters()]
-    with sdpa_kernel(SDPBackend.MATH):
-        θ = {k: p.detach().requires_grad_() for k, p in net.named_parameters()}
-        g = dict(zip(θ, torch.autograd.grad(M(outputs(net, θ, x), y), list(θ.values()), create_graph=True)))
-        norm = sum((t ** 2).sum() for t in g.values()).sqrt()
-        step = H({k: t / norm for k, t in g.items()})
-        a = objective({k: θ[k].detach() - step[k] for k in θ})
-        oracle = torch.autograd.grad(a, params)
-    assert abs(A - a.item()) < 1e-12 and (flat([p.grad for p in params]) - flat(oracle)).norm() < 1e-9 * flat(oracle).norm()
-    assert all(p.grad is None for p in net.parameters())
+    return METHODS[name].prepare(model, D['train'], D['val'], hp)
 
 
-def test_the_start_is_negative_gradient_whatever_the_size_of_the_loss(world):
+def unlearned(world, name, **hp):
+    model, _, S = world
+    return METHODS[name].unlearn(model, S, prepared(world, name, **hp), hp)
+
+
+# One learner
+
+ALGORITHM_1 = dict(distance='l2', scaled=False, detach=False)
+
+
+@pytest.mark.parametrize('options', [
+    {}, dict(batch_size=3, dropout=0., singles='reuse'),
+    dict(inputs=['logits', 'targets'], **ALGORITHM_1)], ids=range(3))
+def test_metaunlearn_is_the_loop_of_chapter_3(world, options):
+    "To the last bit: φ, A of every request, θ_u."
     model, D, S = world
+    p = Published(**PAPER | dict(epochs=2) | options)
+    torch.manual_seed(0)
+    loop = learn_loss(model, D['train'], D['val'], p)
+    part = {k: options[k] for k in options if k in ALGORITHM_1}
+    hp = PAPER | dict(epochs=2) | {k: v for k, v in options.items() if k not in part}
+    state = prepared(world, 'metaunlearn', **hp, objective=part)
+    assert state.keys() == loop.keys()
+    assert all(torch.equal(state[k], loop[k]) for k in loop)
+    a = METHODS['metaunlearn'].unlearn(model, S, state, hp)
+    b = unlearn_once(copy.deepcopy(model), S, loop, p)
+    assert all(torch.equal(s, t) for s, t in zip(a.parameters(), b.parameters()))
+
+
+@pytest.mark.parametrize('objective', OBJECTIVES)
+def test_every_combination_of_parts(world, objective):
+    "Each runs, moves what is learned and nothing else, and is like no other."
+    model, D, S = world
+    ends = []
+    for sizes, loss in itertools.product(SIZES, LOSSES):
+        made = loss if loss == 'task' else dict(kind=loss, hidden=8)
+        hp = QUICK | dict(objective=objective, sizes=sizes, loss=made)
+        state = prepared(world, 'metastep', **hp)
+        learned = {k for k in state if k[:2] in ('H.', 'M.')} - {'H.norm'}
+        assert ('H.tensor' in state) == (sizes != 'one')
+        assert ('H.band' in state) == (sizes == 'band')
+        assert any(k[:2] == 'M.' for k in state) == (loss != 'task')
+        assert len(state['history']) == 2 and state['calibration'].shape == (1, 9)
+        assert all(torch.isfinite(state[k].float()).all() for k in learned)
+        for k in {'H.tensor', 'H.band'} & learned: assert state[k].abs().max() > 0
+        ends.append(METHODS['metastep'].unlearn(model, S, state, hp))
+    ends = [flat(m.parameters()) for m in (model, *ends)]
+    for a, b in itertools.combinations(ends, 2): assert not torch.equal(a, b)
+
+
+@pytest.mark.parametrize('change', [
+    dict(objective=dict(unlearned=0)), dict(objective=dict(original=0)),
+    dict(objective=dict(original=0, kept=1)), dict(objective='scrub'),
+    dict(objective=dict(distance='l2')), dict(objective=dict(scaled=False)),
+    dict(retain_step=True),
+    dict(objective=dict(detach=False)), dict(objective='forget_and_keep'),
+    dict(inputs=['logits']), dict(epochs=2), dict(batch_size=3)], ids=str)
+def test_ablations_of_metaunlearn_change_it(world, change):
+    states = [prepared(world, 'metaunlearn', **PAPER | c) for c in ({}, change)]
+    a, b = (flat(v.float() for v in s.values()) for s in states)
+    assert a.shape != b.shape or not torch.equal(a, b)
+    assert any(k[:2] == 'r.' for k in states[1]) == ('retain_step' in change)
+
+
+@pytest.mark.parametrize('change', [
+    dict(requests=3), dict(lr=.1), dict(predicted_labels=True), dict(calibration=0),
+    dict(objective=dict(keep=0)), dict(batch_size=4), dict(sizes=dict(edges=[.5]))],
+    ids=str)
+def test_settings_of_metastep_change_it(world, change):
+    a, b = (flat(unlearned(world, 'metastep', **QUICK | c).parameters())
+            for c in ({}, change))
+    assert torch.isfinite(b).all() and not torch.equal(a, b)
+
+
+def test_several_steps_go_on_from_each_other(world):
+    model, _, S = world
+    m, state = METHODS['metaunlearn'], prepared(world, 'metaunlearn', **PAPER)
+    twice = m.unlearn(m.unlearn(model, S, state, PAPER), S, state, PAPER)
+    at_once = m.unlearn(model, S, state, PAPER | dict(steps=2))
+    assert torch.equal(flat(twice.parameters()), flat(at_once.parameters()))
+
+
+def test_a_retain_step_starts_where_the_first_one_arrived(world):
+    model, D, _ = world
+    sim = Simulation(model, D['train'], D['val'], size=2, batch_size=8)
+    shape = *shape_of(model, D['val']), len(sim.people)
+    h, h_r = (MetaLoss(*shape, hidden=8) for _ in 'hr')
+    first = fixed_learner(sim, h, Alignment(), .1, 1e-3, 1)
+    first.retain = fixed_learner(sim, h_r, KeepTask(), .1, 1e-3, 1)
+    φ, steps = copy.deepcopy(h.state_dict()), []
+    def watch(learner):
+        step = learner.step
+        learner.step = lambda θ, S, mask: steps.append(step(θ, S, mask)) or steps[-1]
+        learner.step.M, learner.step.backward = step.M, step.backward
+    for learner in (first, first.retain): watch(learner)
+    first.learn(itertools.islice(sim.epochs(1), 1))
+    one, two = steps
+    assert all(torch.equal(one.θ_u[k], two.θ[k]) for k in one.θ)
+    assert all(torch.equal(one.θ[k], p) for k, p in model.named_parameters())
+    assert any(not torch.equal(φ[k], v) for k, v in h.state_dict().items()), 'φ moved'
+
+
+# What is asked for
+
+def test_simulated_requests_look_at_the_right_people(world):
+    model, D, _ = world
+    sim = Simulation(model, D['train'], D['val'], size=2, batch_size=32)
+    r, = sim.requests(1)
+    (_, forget), (_, retain), (val, _) = sim.sample(r)
+    asked = set(sim.who[r.support])
+    assert len(asked) == 2 and set(sim.who[forget]) <= asked and val is sim.val
+    assert not set(forget) & set(r.support) and not set(sim.who[retain]) & asked
+    for s in sim.requests(len(sim.queue)): asked |= set(sim.who[s.support])
+    several = {i for i in sim.who if (sim.who == i).sum() > 1}
+    assert not sim.queue and asked == several, 'everybody has asked once'
+
+
+def test_no_step_keeps_everybody_and_forgets_nobody(world):
+    model, D, _ = world
+    sim = Simulation(model, D['train'], D['val'], size=2, batch_size=500)
+    r, = sim.requests(1)
+    gap = sim.train.error[r.forget].mean() - sim.val.error.mean()
+    for objective in (ForgetAndKeep(), ForgetAndKeep(keep=0)):
+        A = value(objective.shares(sim, objective.look(sim, r), sim.θ))
+        assert A == pytest.approx(abs(float(gap)), abs=1e-6)
+
+
+def test_the_start_is_the_best_of_the_grid(world):
+    "A flat correction changes nothing there: both go the way of ascent."
+    model, D, _ = world
+    starts = [prepared(world, 'metastep', **QUICK, loss=kind)['start']
+              for kind in ('task', 'corrected')]
+    assert torch.equal(*starts) and -4.01 < starts[0] / math.log(10) < -.49
+    assert find_start.__defaults__ == (2,)
+
+
+def test_ascent_goes_uphill(world):
+    model, _, S = world
     x, y = S.tensors()
     g = torch.autograd.grad(task_loss(model(x), y), list(model.parameters()))
-    for loss in ('task', 'both'):
-        u, norm = direction(model, StepLoss(D['val'].n_classes, model.num_features, loss, 32), x, y)
-        assert (
-            torch.allclose(flat(u.values()), -flat(g) / flat(g).norm(), atol=1e-5)
-            and abs(float(flat(u.values()).norm()) - 1) < 1e-4
-        )
+    taken = Step(model, TaskAscent(), lambda u: u)(parameters_of(model), (x, y, None))
+    assert torch.allclose(flat(taken.u.values()), -flat(g) / flat(g).norm(), atol=1e-6)
 
+
+# What is kept, and read
 
 @pytest.mark.parametrize('sizes', SIZES)
-@pytest.mark.parametrize('loss', ['task', 'both'])
-def test_unlearning_needs_the_support_set_and_the_stored_state_only(world, sizes, loss, tmp_path):
-    model, D, S = world
-    m = get_method('metastep')
-    hp = dict(simulated_size=2, requests=2, calibration=1, sizes=sizes, loss=loss, hidden=16)
-    before = copy.deepcopy(model.state_dict())
-    torch.manual_seed(0)
-    state = m.prepare(model, D['train'], D['val'], hp)
+def test_support_set_and_stored_state_suffice(world, sizes, tmp_path):
+    model, _, S = world
+    before, m = copy.deepcopy(model.state_dict()), METHODS['metastep']
+    hp = QUICK | dict(sizes=sizes, loss=dict(kind='corrected', hidden=8))
+    state = prepared(world, 'metastep', **hp)
     save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / 's.safetensors')
     again = load_file(tmp_path / 's.safetensors')
-    a, b = (m.unlearn(model, S, s, hp) for s in (state, again))
-    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters())) and all(
-        torch.equal(v, before[k]) for k, v in model.state_dict().items()
-    )
-    assert any(not torch.equal(p, before[k]) for k, p in a.named_parameters()) and all(
-        torch.isfinite(p).all() for p in a.parameters()
-    )
-    if (sizes, loss) == ('tensor', 'task'):
-        assert sum(v.numel() for v in state.values()) < 0.01 * sum(
-            p.numel() for p in model.parameters()
-        ), 'the small variant keeps a few numbers'
+    a, b = (flat(m.unlearn(model, S, s, hp).parameters()) for s in (state, again))
+    assert torch.equal(a, b)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_one_size_a_tensor_keeps_a_few_numbers(world):
+    kept = prepared(world, 'metastep', **QUICK, sizes='tensor')
+    assert len(flat(kept.values())) < .01 * len(flat(world[0].parameters()))
 
 
 def test_predicted_labels_are_the_models_own(world):
     model, D, S = world
-    m = get_method('metastep')
-    hp = dict(simulated_size=2, requests=1, calibration=0, sizes='tensor', labels='predicted')
-    state = m.prepare(model, D['train'], D['val'], hp)
-    other = copy.copy(S); other.y = 1 - S.y if S.y.is_floating_point() else (S.y + 1) % D['val'].n_classes
-    a, b = (m.unlearn(model, s, state, hp) for s in (S, other))
-    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
-    given = m.unlearn(model, other, state, hp | dict(labels='given'))
-    assert any(not torch.equal(p, q) for p, q in zip(a.parameters(), given.parameters()))
-
-
-def test_simulated_requests_look_at_the_right_people(world):
-    model, D, _ = world
-    sim = Simulation(model, D['train'], D['val'], 2, np.random.default_rng(0))
-    who = D['train'].identity
-    s, f = sim.request(); looked = sim.look(s, f); (_, rows_f), (_, rows_r), (val, _) = looked[1]
-    assert (
-        len(s) == 2
-        and set(who[rows_f]) <= set(who[s])
-        and not set(rows_f) & set(s)
-        and not set(who[rows_r]) & set(who[s])
-        and val is D['val']
-    )
-    θ = sim.θ
-    A = float(sim.objective(θ, looked))
-    gap = (
-        expected_error(predict(model, D['train'])[rows_f], D['train'].y[rows_f]).mean()
-        - expected_error(predict(model, D['val']), D['val'].y).mean()
-    )
-    assert abs(A - abs(float(gap))) < 1e-4, 'a step of length zero keeps everybody and forgets nobody'
-    seen = set(who[s])
-    [seen.update(who[sim.request()[0]]) for _ in range(len(sim.queue))]
-    assert seen == {i for i in np.unique(who) if (who == i).sum() > 1}, 'everybody asks once'
-
-
-def test_what_is_refused(world):
-    model, D, S = world; m = get_method('metastep')
-    with pytest.raises(ValueError, match='sizes = "layer": valid are spectrum, tensor, model'):
-        m.prepare(model, D['train'], D['val'], dict(simulated_size=2, sizes='layer'))
-    with pytest.raises(TypeError, match='missing hyper-parameter simulated_size'):
-        m.prepare(model, D['train'], D['val'], {})
-    flat_model = copy.deepcopy(model)
-    [torch.nn.init.zeros_(p) for p in flat_model.parameters()]
-    x = torch.zeros(1, 3, *S.tensors()[0].shape[2:])
-    class Still(torch.nn.Module):
-        h = None
-        def forward(self, z, y): return 0. * z[0].sum()
-    with pytest.raises(FloatingPointError, match='length 0, so there is no direction'):
-        direction(flat_model, Still(), x, None)
-
-
-class Convolutional(torch.nn.Module):
-    "A network without tokens, with a grouped convolution and batch statistics: somebody's own."
-    def __init__(self, n_classes):
-        super().__init__()
-        n = torch.nn
-        self.body = n.Sequential(
-            n.Conv2d(3, 8, 3, 2, 1),
-            n.BatchNorm2d(8),
-            n.ReLU(),
-            n.Conv2d(8, 8, 3, 2, 1, groups=8),
-            n.ReLU(),
-            n.AdaptiveAvgPool2d(2),
-            n.Flatten(),
-            n.Linear(32, n_classes),
-        )
-    def forward(self, x): return self.body(x)
+    m, hp = METHODS['metastep'], QUICK | dict(sizes='tensor', predicted_labels=True)
+    state, other = prepared(world, 'metastep', **hp), copy.copy(S)
+    other.y = 1 - S.y if S.y.is_floating_point() else (S.y + 1) % D['val'].n_classes
+    a, b, given = (flat(m.unlearn(model, s, state, h).parameters()) for s, h in (
+        (S, hp), (other, hp), (other, hp | dict(predicted_labels=False))))
+    assert torch.equal(a, b) and not torch.equal(a, given)
 
 
 @pytest.mark.parametrize('sizes', SIZES)
 def test_a_network_of_ones_own(world, sizes):
+    "No tokens, a grouped convolution, batch statistics."
     _, D, S = world
     torch.manual_seed(0)
-    model = Convolutional(D['val'].n_classes).eval()
-    m = get_method('metastep')
-    hp = dict(simulated_size=2, requests=2, calibration=1, sizes=sizes)
-    state = m.prepare(model, D['train'], D['val'], hp)
-    after = m.unlearn(model, S, state, hp)
+    own = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(),
+                        nn.Conv2d(8, 8, 3, 2, 1, groups=8), nn.AdaptiveAvgPool2d(2),
+                        nn.Flatten(), nn.Linear(32, D['val'].n_classes)).eval()
+    after = unlearned((own, D, S), 'metastep', **QUICK, sizes=sizes)
     x, y = S.tensors()
-    with torch.no_grad():
-        assert expected_error(after(x), y).mean() > expected_error(model(x), y).mean(), 'a step uphill'
-    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), after.buffers())), 'batch statistics stay'
+    with torch.no_grad(): before, then = (expected_error(m(x), y) for m in (own, after))
+    assert then.mean() > before.mean(), 'a step uphill'
+    assert all(torch.equal(a, b) for a, b in zip(own.buffers(), after.buffers()))
+    unlearned((own, D, S), 'metaunlearn', **PAPER)
+
+
+# Settings
+
+@pytest.mark.parametrize('given, short', [
+    (dict(sizes='tensor'), dict(sizes='tensor')), (dict(sizes='band'), {}),
+    (dict(sizes=dict(kind='band', edges=[.5])), dict(sizes=dict(edges=(.5,)))),
+    (dict(loss=dict(kind='learned', hidden=512)), dict(loss='learned')),
+    (dict(objective=dict(keep=1)), {}),
+    (dict(objective=dict(keep=0)), dict(objective=dict(keep=0.))),
+    (dict(objective=dict(kind='scrub', T=2)),
+     dict(objective=dict(kind='scrub', T=2.)))], ids=str)
+def test_a_part_is_stored_in_its_shortest_form(given, short):
+    m, known = METHODS['metastep'], dict(simulated_size=2)
+    stored = m.check(known | given)
+    assert stored == known | short and m.check(stored) == stored
+    assert m.validated(stored) == m.validated(known | given)
+
+
+@pytest.mark.parametrize('wrong, says', [
+    (dict(sizes='layer'), "'band', 'tensor', 'one'"),
+    (dict(sizes=dict(edges=[2.])), 'less than 1'), (dict(lr=0), 'greater than 0'),
+    (dict(objective=dict(kep=1)), 'kep'), (dict(loss=dict(hidden=3)), 'hidden'),
+    (dict(loss=dict(kind='learned', inputs=['identities'])), 'inputs')], ids=str)
+def test_what_is_refused(wrong, says):
+    with pytest.raises(PresetError, match=says):
+        METHODS['metastep'].check(dict(simulated_size=2) | wrong)
+
+
+def test_missing_settings_are_named():
+    with pytest.raises(PresetError, match='simulated_size'):
+        METHODS['metastep'].check({})
+    with pytest.raises(PresetError, match='eta'):
+        METHODS['metaunlearn'].check(dict(simulated_size=2))
+
+
+def test_divergence_names_the_request_and_the_fix(world):
+    model, D, _ = world
+    with pytest.raises(NumbersError, match=r'A is \S+ at request 1\. Lower'):
+        prepared(world, 'metaunlearn', **PAPER | dict(eta=1e30))
+    with pytest.raises(NumbersError, match=r'A is \S+ at request 1\. Lower'):
+        learn_loss(model, D['train'], D['val'], Published(**PAPER | dict(eta=1e30)))
+    with pytest.raises(NumbersError, match=r'A is \S+ at request 2\. Lower'):
+        prepared(world, 'metastep', **QUICK | dict(lr=1e3, calibration=0))
+
+
+def test_a_stranger_has_no_embedding(world):
+    model, _, S = world
+    state, lost = prepared(world, 'metaunlearn', **PAPER), copy.copy(S)
+    lost.identity = np.full(len(S), 10 ** 6)
+    with pytest.raises(DataError, match='identity 1000000 is not one of'):
+        METHODS['metaunlearn'].unlearn(model, lost, state, PAPER)
+    hp = PAPER | dict(inputs=['logits', 'features', 'targets'])
+    anonymous = prepared(world, 'metaunlearn', **hp)
+    METHODS['metaunlearn'].unlearn(model, lost, anonymous, hp)
+
+
+def test_what_a_state_has_of_a_module_comes_back(world):
+    model, D, _ = world
+    state = prepared(world, 'metaunlearn', **PAPER)
+    h = MetaLoss(*shape_of(model, D['val']), len(state['identities']), hidden=16)
+    assert all(torch.equal(v, state[f'h.{k}'])
+               for k, v in restored(h, state, 'h').state_dict().items())
+    assert not h.training and predict(model, D['forget']).isfinite().all()

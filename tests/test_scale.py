@@ -30,11 +30,12 @@ def test_counting_leaves_the_model_alone():
 
 def test_memory_of_linear_layers_by_hand():
     "32 images: each layer keeps its input, 3 and 5 numbers an image."
-    p, a = 4 * (3 * 5 + 5 + 5 * 7 + 7), 2 * 32 * (3 + 5)
-    m = step_memory(PIXEL, 1, 32)
-    assert m['weights'] == m['gradients'] == m['optimizer'] == p
-    assert m['activations'] == a and m['total'] == 3 * p + a
-    assert step_memory(PIXEL, 1, 32, bytes_each=4)['activations'] == 2 * a
+    n, kept = 3 * 5 + 5 + 5 * 7 + 7, 32 * (3 + 5)
+    full, half = step_memory(PIXEL, 1, 32, bytes_each=4), step_memory(PIXEL, 1, 32)
+    assert full == dict(weights=4 * n, gradients=4 * n, optimizer=4 * n,
+                        activations=4 * kept, total=12 * n + 4 * kept)
+    assert half == dict(weights=6 * n, gradients=4 * n, optimizer=4 * n,
+                        activations=2 * kept, total=14 * n + 2 * kept)
 
 
 def test_activations_grow_with_the_batch_and_with_the_depth(vit):
