@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['TRAININGS', 'SETS', 'CANDIDATES', 'Seeds', 'seeds_of', 'RunSpec', 'code_of', 'changed_code', 'StaleRun',
            'warn_if_stale', 'RunStore', 'Run', 'Made', 'train_run', 'prepare_run', 'unlearn_run', 'maker_of',
-           'write_run', 'check_runs', 'check_folder', 'accept', 'main', 'make_runs', 'run_grid', 'question', 'measure',
-           'open_store', 'tune', 'check_parameters', 'out_folder', 'published_folder']
+           'write_run', 'check_runs', 'check_folder', 'code_behind', 'check_answer', 'accept', 'main', 'make_runs',
+           'run_grid', 'question', 'measure', 'open_store', 'tune', 'check_parameters', 'out_folder',
+           'published_folder']
 
-# %% ../nbs/api/runs.ipynb #b4f0399c
-import argparse, ast, hashlib, inspect, json, math, os, shutil, sys, textwrap, time
-import warnings
+# %% ../nbs/api/runs.ipynb #cb4a0b7c
+import argparse, ast, hashlib, importlib, inspect, json, math, os, shutil, sys
+import textwrap, time, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -497,7 +498,7 @@ def look(self: RunStore, run: Run, views: int, r: Request) -> dict:
                                                *how[0], seed, *how[1])
     return dict(forget=seen(r.forget, 0), test=seen(r.test, 1))
 
-# %% ../nbs/api/runs.ipynb #85710873
+# %% ../nbs/api/runs.ipynb #7fe6e965
 @patch
 def cached(self: RunStore,
     name: str, key: dict,  # everything that determines the result
@@ -510,7 +511,9 @@ def cached(self: RunStore,
         f.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f.with_suffix('.lock')):
             if not f.exists():
-                write_atomically(f, json.dumps(dict(value=make(), code=code_of(*code))))
+                made_by = [f'{fn.__module__}:{fn.__qualname__}' for fn in code]
+                kept = dict(value=make(), code=code_of(*code), made_by=made_by)
+                write_atomically(f, json.dumps(kept))
     try: kept = json.loads(f.read_text())
     except json.JSONDecodeError as e:
         raise StoreError(f'{f}: cannot be read. Delete it; it is made again.') from e
@@ -541,13 +544,15 @@ def metrics(self: RunStore,
     found = {k: v for name in plain for k, v in self.metric(s, name).items()}
     return {k: v for k, v in found.items() if np.isscalar(v)} | self.get(s).seconds
 
-# %% ../nbs/api/runs.ipynb #5cd41f00
+# %% ../nbs/api/runs.ipynb #0085d44b
 def check_runs(
     store: RunStore,
 ) -> pd.DataFrame:  # run, damaged (file names), changed (functions)
-    "Runs that are damaged, or were made by other code under the same version."
+    "Runs and answers that are damaged, or were made by other code."
     runs = [f.parent for f in sorted(store.root.glob('*/manifest.json'))]
+    answers = sorted(store.root.glob('results/*.json'))
     rows = [dict(run=f.name) | check_folder(f) for f in runs]
+    rows += [dict(run=f'results/{f.name}') | check_answer(f) for f in answers]
     t = pd.DataFrame(rows, columns=['run', 'damaged', 'changed'])
     return t[t.damaged.astype(bool) | t.changed.astype(bool)]
 
@@ -562,20 +567,42 @@ def check_folder(
     except (ValueError, OSError):
         return dict(damaged=damaged or ['spec.json'], changed=[])
     known = s.method in TRAININGS or s.method in METHODS.load()
-    now = maker_of(s)[1] if known else {}   # its package is not installed here
-    return dict(damaged=damaged, changed=changed_code(kept['code'], now))
+    if not known: return dict(damaged=damaged, changed=[])   # of a package not here
+    return dict(damaged=damaged, changed=changed_code(kept['code'], maker_of(s)[1]))
 
-# %% ../nbs/api/runs.ipynb #8686c2e0
+# %% ../nbs/api/runs.ipynb #a626a6f5
+def code_behind(
+    made_by: list,  # 'module:function'
+) -> dict:          # as of `code_of`; {} if it is not installed here
+    "Today's fingerprint of functions that are known by name."
+    try: found = [getattr(importlib.import_module(m), f) for m, f in
+                  (name.split(':') for name in made_by)]
+    except (ImportError, AttributeError): return {}
+    return code_of(*found)
+
+def check_answer(
+    file: Path,  # of a metric or a question
+) -> dict:       # damaged, changed: lists of names
+    "What is wrong with one stored answer."
+    try: kept = json.loads(file.read_text())
+    except json.JSONDecodeError: return dict(damaged=[file.name], changed=[])
+    now = code_behind(kept['made_by'])
+    return dict(damaged=[], changed=changed_code(kept['code'], now) if now else [])
+
+# %% ../nbs/api/runs.ipynb #f10ecf2d
 def accept(
-    folder: Path,  # of a run
+    where: Path,  # a run's folder, or the file of an answer
 ):
-    "Keep a run whose code has changed without changing numbers."
-    kept = json.loads((folder / 'manifest.json').read_text())
-    s = RunSpec.model_validate_json((folder / 'spec.json').read_text())
-    now = json.dumps(kept | dict(code=maker_of(s)[1]), indent=1)
-    write_atomically(folder / 'manifest.json', now)
+    "Keep what was made by code that has changed without changing numbers."
+    file = where / 'manifest.json' if where.is_dir() else where
+    kept = json.loads(file.read_text())
+    if where.is_dir():
+        s = RunSpec.model_validate_json((where / 'spec.json').read_text())
+        code = maker_of(s)[1]
+    else: code = code_behind(kept['made_by'])
+    write_atomically(file, json.dumps(kept | dict(code=code), indent=1))
 
-# %% ../nbs/api/runs.ipynb #03abb924
+# %% ../nbs/api/runs.ipynb #daf8b54d
 def main():
     "The command `oneshui`: `oneshui runs check [--store runs] [--accept]`."
     cli = argparse.ArgumentParser('oneshui', description='The run store.')
@@ -594,8 +621,8 @@ def main():
     for r in bad.itertuples():
         said = dict(damaged=r.damaged, changed=r.changed).items()
         print(r.run, *(f'  {k}: {", ".join(v)}' for k, v in said if v), sep='\n')
-    runs = len(list(root.glob('*/manifest.json')))
-    print(f'{len(bad)} of {runs} runs are damaged, or made by other code.')
+    runs = len([*root.glob('*/manifest.json'), *root.glob('results/*.json')])
+    print(f'{len(bad)} of {runs} runs and answers are damaged, or made by other code.')
     sys.exit(int(len(bad) > 0))
 
 # %% ../nbs/api/runs.ipynb #d5b6b64d
