@@ -372,7 +372,7 @@ def compare_with_published(
     within = table.largest <= table.metric.map(rounding)
     return table[['method', 'metric', 'largest', 'where']].assign(within=within)
 
-# %% ../nbs/api/results.ipynb #4d67dba8
+# %% ../nbs/api/results.ipynb #d8dab3de
 def report_published(
     fresh: Path,           # folder with results.csv
     preset: str = 'mini',
@@ -391,7 +391,8 @@ def report_published(
     found = set(beyond.method)
     known = [f'{m} amplifies: {why}' for m, why in AMPLIFIES.items() if m in found]
     table = wide.round(3).to_string()
-    return '\n'.join([f'Largest absolute difference to {b}:', table, said, *known])
+    head = f'Largest absolute difference to the published results of {preset}:'
+    return '\n'.join([head, table, said, *known])
 
 # %% ../nbs/api/results.ipynb #285e833b
 def is_published(

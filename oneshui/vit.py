@@ -240,7 +240,7 @@ def support_set(
     images = ImageSet(pixels, idx)
     return SupportSet(*images.tensors(), images.identity.copy())
 
-# %% ../nbs/01_vit_finetuning.ipynb #510b3976
+# %% ../nbs/01_vit_finetuning.ipynb #2c836410
 class TrainSpec(Spec):
     "The fine-tuning recipe (paper §5.1, and the released code where it is silent)."
     version: ClassVar[int] = 1          # raised when a recipe gives other weights
@@ -250,7 +250,7 @@ class TrainSpec(Spec):
     momentum: float = .9
     weight_decay: float = 1e-3
     warmup_epochs: int = 2              # linear, an iteration at a time
-    schedule: Literal['cosine', 'released'] = 'cosine'  # released: never reaches zero
+    schedule: Literal['cosine', 'released'] = 'cosine'  # released: ends higher
     crop: float = Field(.08, gt=0, le=1)  # smallest share cropped to; 1: flips only
     clip: float | None = None           # largest norm of a gradient
     precision: Literal['fp32', 'bf16'] = 'bf16'

@@ -431,7 +431,8 @@ def test_runs_check_says_what_is_damaged(store, smoke):
         store.root,
     ]
     r = subprocess.run(check, capture_output=True, text=True)
-    assert r.returncode == 0 and '0 of 1 runs and answers' in r.stdout, r.stdout + r.stderr
+    assert r.returncode == 0, r.stdout + r.stderr
+    assert '0 of 1 runs and answers' in r.stdout
     f.write_text('')
     r = subprocess.run(check, capture_output=True, text=True)
     assert r.returncode == 1 and 'damaged: log.csv' in r.stdout

@@ -25,6 +25,15 @@ SPEC = TrainSpec(epochs=3, batch_size=8, lr=.05, warmup_epochs=1, crop=1, clip=1
                  precision='fp32', workers=0)
 
 
+@pytest.fixture(scope='module', autouse=True)
+def one_thread():
+    "A network this small only waits for a second one, long where the machine is busy."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def with_(spec, **changes): return type(spec)(**spec.model_dump() | changes)
 
 
