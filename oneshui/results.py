@@ -372,14 +372,15 @@ def compare_with_published(
     within = table.largest <= table.metric.map(rounding)
     return table[['method', 'metric', 'largest', 'where']].assign(within=within)
 
-# %% ../nbs/api/results.ipynb #d8dab3de
+# %% ../nbs/api/results.ipynb #72c01f87
 def report_published(
     fresh: Path,           # folder with results.csv
     preset: str = 'mini',
 ) -> str:
     "Fresh beside published, as a small table of text."
     a, b = (f / 'results.csv' for f in (Path(fresh), published_folder(preset)))
-    if not b.exists(): return f'Nothing is published for preset {preset}: no {b}.'
+    place = Path(*b.parts[-4:])   # as seen from the checkout
+    if not b.exists(): return f'Nothing is published for preset {preset}: no {place}.'
     t = compare_with_published(a, b)
     kind = lambda m: next((k for k in ('mia', 'loss', 'tow') if k in m), 'score')
     t['kind'] = t.metric.map(kind)

@@ -11,9 +11,9 @@ from torch import nn
 
 from oneshui.core import DataError, NumbersError, PresetError
 from oneshui.data import Pixels, make_request
-from oneshui.metastep import (Alignment, ForgetAndKeep, KeepTask, Simulation, Step,
-                              TaskAscent, expected_error, find_start, fixed_learner,
-                              value)
+from oneshui.metastep import (FACTORS, Alignment, ForgetAndKeep, KeepTask, Simulation,
+                              Step, TaskAscent, expected_error, find_start,
+                              fixed_learner, value)
 from oneshui.metaunlearn import (MetaLoss, Published, learn_loss, parameters_of,
                                  restored, shape_of, unlearn_once)
 from oneshui.methods import METHODS
@@ -112,13 +112,26 @@ def test_ablations_of_metaunlearn_change_it(world, change):
 
 
 @pytest.mark.parametrize('change', [
-    dict(requests=3), dict(lr=.1), dict(predicted_labels=True), dict(calibration=0),
+    dict(requests=3), dict(lr=.1), dict(predicted_labels=True),
     dict(objective=dict(keep=0)), dict(batch_size=4), dict(sizes=dict(edges=[.5]))],
     ids=str)
 def test_settings_of_metastep_change_it(world, change):
     a, b = (flat(unlearned(world, 'metastep', **QUICK | c).parameters())
             for c in ({}, change))
     assert torch.isfinite(b).all() and not torch.equal(a, b)
+
+
+def test_calibration_multiplies_all_sizes_together(world):
+    without, state = (prepared(world, 'metastep', **QUICK | dict(calibration=n))
+                      for n in (0, 2))
+    tow, moved = state['calibration'], state['H.total'] - without['H.total']
+    factor = math.exp(moved)
+    chosen = np.abs(FACTORS - factor).argmin()
+    assert FACTORS[chosen] == pytest.approx(factor, rel=1e-4)
+    mean = tow.mean(0)
+    assert float(mean[chosen]) == pytest.approx(float(mean.max()), abs=1e-3)
+    assert 'calibration' not in without
+    for k in without: assert k == 'H.total' or torch.equal(without[k], state[k]), k
 
 
 def test_several_steps_go_on_from_each_other(world):
