@@ -9,14 +9,14 @@ __all__ = ['TRAININGS', 'SETS', 'CANDIDATES', 'Seeds', 'seeds_of', 'RunSpec', 'c
            'run_grid', 'question', 'measure', 'open_store', 'tune', 'check_parameters', 'out_folder',
            'published_folder']
 
-# %% ../nbs/api/runs.ipynb #cb4a0b7c
+# %% ../nbs/api/runs.ipynb #e49b60ec
 import argparse, ast, hashlib, importlib, inspect, json, math, os, shutil, sys
 import textwrap, time, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from filelock import FileLock
@@ -111,14 +111,23 @@ def _functions(thing):
     ours = lambda f: f.__module__.split('.')[0] in ('oneshui', thing.__module__)
     return [f for f in found if by_hand(f) and ours(f)]
 
-# %% ../nbs/api/runs.ipynb #e8c8b651
+# %% ../nbs/api/runs.ipynb #0d82f8de
 def _named(fn):
     # functions and classes of the package that a function names
     codes = [fn.__code__]
     for c in codes: codes += [k for k in c.co_consts if inspect.iscode(k)]
     found = (fn.__globals__.get(n) for c in codes for n in c.co_names)
-    code = [g for g in found if inspect.isfunction(g) or inspect.isclass(g)]
+    things = [*found, *_hinted(fn)]
+    code = [g for g in things if inspect.isfunction(g) or inspect.isclass(g)]
     return [g for g in map(inspect.unwrap, code) if g.__module__.startswith('oneshui.')]
+
+def _hinted(fn):
+    # what its annotations name, however deep, and the classes of its defaults: a part
+    # that a setting chooses stands nowhere else
+    given = inspect.signature(fn).parameters.values()
+    hints = [p.annotation for p in given]
+    for h in hints: hints += get_args(h)
+    return hints + [type(p.default) for p in given]
 
 # %% ../nbs/api/runs.ipynb #1261ed5c
 @lru_cache(maxsize=256)

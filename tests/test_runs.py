@@ -294,6 +294,12 @@ def test_a_docstring_costs_nothing_and_code_warns(store, smoke, outside):
     assert ask().digest != s.digest and not store.has(ask())
 
 
+def test_the_fingerprint_reaches_parts_that_a_setting_names():
+    seen = code_of(METHODS['metastep'].prepare_fn)
+    for part in ('SizePerBand', 'OneSize', 'ForgetAndKeep', 'Alignment'):
+        assert any(f'.{part}.' in name for name in seen), part
+
+
 def test_a_changed_metric_costs_the_metric_and_no_run(shared, smoke):
     s, calls = shared.spec(smoke, 'mufac', 2, 0, 'neggrad'), []
 
