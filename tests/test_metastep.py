@@ -264,7 +264,7 @@ def test_a_part_is_stored_in_its_shortest_form(given, short):
     m, known = METHODS['metastep'], dict(simulated_size=2)
     stored = m.check(known | given)
     assert stored == known | short and m.check(stored) == stored
-    table = lambda hp: m.validated(hp, m.settings)
+    table = lambda hp: m.validated(hp, m.settings).model_dump()
     assert table(stored) == table(known | given)
 
 
