@@ -218,7 +218,8 @@ def test_a_second_retrain_is_independent(shared, smoke):
     assert (
         shared.request(a.spec).retain.tolist() == shared.request(b.spec).retain.tolist()
     )
-    assert shared.metrics(a.spec)['tow'] == 100 > shared.metrics(b.spec)['tow']
+    one, other = shared.metrics(a.spec), shared.metrics(b.spec)
+    assert one['tow'] == 100 >= other['tow'] and one['test_loss'] != other['test_loss']
 
 
 def test_changed_pixels_are_other_data(store, smoke, tmp_path):
