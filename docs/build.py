@@ -28,11 +28,17 @@ def only_imports(source):
     return bool(body) and all(isinstance(s, (ast.Import, ast.ImportFrom)) for s in body)
 
 
-def is_plumbing(source, said, tags):
+def draws(source, outputs):
+    "Whether a cell is the code of a picture, and long."
+    pictures = any('image/png' in o.get('data', {}) for o in outputs)
+    plots = re.match(r'(@patch\n)?def (plot|draw|explore)_', source)
+    return bool(plots) or pictures and len(source.splitlines()) > 12
+
+
+def is_plumbing(source, said, tags, outputs):
     "Cells that open on a click: `#| code-fold`, parameters, imports, code of pictures."
     if 'code-fold' in said: return said['code-fold'] != 'false'
-    draws = re.match(r'(@patch\n)?def (plot|draw|explore)_', source)
-    return 'parameters' in tags or only_imports(source) or bool(draws)
+    return 'parameters' in tags or only_imports(source) or draws(source, outputs)
 
 
 def alternative(said, outputs):
@@ -50,7 +56,7 @@ def code_cell(cell):
     if {'hide', 'default_exp'} & {*said}: return None
     source = re.sub(r'(?m)^#\|.*\n?', '', source).strip('\n')
     if not source: return None
-    if is_plumbing(source, said, tags): tags.append('hide-input')
+    if is_plumbing(source, said, tags, cell['outputs']): tags.append('hide-input')
     alt = alternative(said, cell['outputs'])
     image = dict(mystnb=dict(image=dict(alt=alt))) if alt else {}
     return cell | dict(source=source, metadata=dict(tags=tags) | image)
@@ -112,7 +118,7 @@ def front_page():
 
 
 def lay_out():
-    shutil.rmtree(SRC, ignore_errors=True)
+    for old in (SRC, SITE / 'html'): shutil.rmtree(old, ignore_errors=True)
     python = shutil.ignore_patterns('*.py', '__pycache__')
     for folder in ('docs', 'figures/published', 'oneshui/presets'):
         shutil.copytree(ROOT / folder, SRC / folder, ignore=python)

@@ -15,7 +15,8 @@ from sphinx.util import logging
 log = logging.getLogger(__name__)
 CODE = (nodes.FixedTextElement, nodes.literal, nodes.math)
 EVERYDAY = {'run', 'score', 'focus', 'progress'}   # terms that are ordinary words, too
-TAKEN = (*CODE, nodes.title, nodes.reference, nodes.term, nodes.table, pending_xref)
+TAKEN = (*CODE, nodes.title, nodes.block_quote, nodes.reference, nodes.term,
+         nodes.table, pending_xref)
 
 
 def lies_in(node, kinds):
@@ -25,7 +26,7 @@ def lies_in(node, kinds):
 
 
 def is_prose(node):
-    "Whether a text may carry links: no heading, link, table, code or formula."
+    "Whether a text may carry links: no heading, remark, link, table, code or formula."
     return not lies_in(node, TAKEN)
 
 
@@ -132,9 +133,18 @@ def plain_types(app, obj, bound_method):
     except (AttributeError, NameError, TypeError): pass
 
 
+def skip_what_is_told_elsewhere(app, what, name, obj, skip, options):
+    "autodoc-skip-member: a module's page has what it defines, not what it hands on."
+    page = app.env.current_document.docname.replace('reference/', 'oneshui.')
+    home = getattr(obj, '__module__', None) or page
+    elsewhere = home.startswith('oneshui.') and home != page
+    return True if what == 'module' and elsewhere else None
+
+
 def setup(app):
     app.setup_extension('sphinx.ext.autodoc')
     app.add_post_transform(Prose)
     app.connect('autodoc-process-docstring', tell_parameters)
     app.connect('autodoc-before-process-signature', plain_types)
+    app.connect('autodoc-skip-member', skip_what_is_told_elsewhere)
     return dict(parallel_read_safe=True, parallel_write_safe=True)

@@ -7,6 +7,8 @@ addEventListener("load", () => {
   }
   // the theme's arrows in the table of contents have no name for those who cannot see them
   for (const s of document.querySelectorAll("summary:has(.toctree-toggle)")) s.setAttribute("aria-label", "pages of this section");
+  // a signature's parameters, a line each, are no list of definitions
+  for (const e of document.querySelectorAll("dt.sig dl, dt.sig dl > dd")) e.setAttribute("role", "presentation");
   // docutils gives references a role that browsers no longer know
   for (const e of document.querySelectorAll('[role="doc-biblioentry"]')) e.setAttribute("role", "listitem");
 });

@@ -60,6 +60,13 @@ def test_what_is_folded(source, folded):
     assert ('hide-input' in build['code_cell'](cell)['metadata']['tags']) == folded
 
 
+@pytest.mark.parametrize('lines, folded', [(13, True), (12, False)])
+def test_long_code_of_a_picture_is_folded(lines, folded):
+    outputs = [dict(data={'image/png': '', 'text/plain': '<Figure>'})]
+    cell = dict(source='\n'.join(['plot()'] * lines), outputs=outputs, metadata={})
+    assert ('hide-input' in build['code_cell'](cell)['metadata']['tags']) == folded
+
+
 def test_a_picture_is_described_and_hidden_cells_are_left_out():
     picture = dict(data={'image/png': '', 'text/plain': '<Figure>'})
     cell = dict(source='#| fig-alt: A line.\nplot()', outputs=[picture], metadata={})
