@@ -622,7 +622,7 @@ def metaunlearn_prepare(model, train, val, *,
     if retain_step: learner.retain = fixed_learner(sim, new(), KeepTask(), *rates)
     return learned_state(learner.fit(sim.epochs(epochs)))
 
-# %% ../nbs/12_metastep.ipynb #51075183
+# %% ../nbs/12_metastep.ipynb #7c0ca256
 def learned_state(
     learner: MetaLearner,
 ) -> dict:  # φ, that of a retain step, the train identities, A of every request
@@ -633,7 +633,7 @@ def learned_state(
     return stored(**losses) | seen | learner.record()
 
 @method('MetaUnlearn', source='De Min et al., TMLR 2025', colour='#56b4e9',
-        prepare=metaunlearn_prepare)
+        prepare=metaunlearn_prepare, version=2)
 def metaunlearn(model, support, state, *,
     eta: Rate, inputs: Inputs = INPUTS, hidden: Count = 512, dropout: Share = .5,
     steps: Count = 1,          # with the same h_φ, from where the last one arrived
@@ -688,8 +688,9 @@ def metastep_prepare(model, train, val, *,
     learner.fit(sim.requests(requests), find_start, last)
     return stored(H=H, M=M) | learner.record()
 
-# %% ../nbs/12_metastep.ipynb #8d1614b2
-@method('MetaStep', source='this project', colour='#cc78bc', prepare=metastep_prepare)
+# %% ../nbs/12_metastep.ipynb #db16ab99
+@method('MetaStep', source='this project', colour='#cc78bc',
+        prepare=metastep_prepare, version=2)
 def metastep(model, support, state, *,
     sizes: Sizes = PerBand(),       # how far: H
     loss: Loss = Task(),            # what is descended: M

@@ -7,7 +7,7 @@ __all__ = ['Positive', 'Share', 'Count', 'METHODS', 'importance', 'damping', 'se
            'in_words', 'method', 'one_default', 'neggrad', 'ssd_prepare', 'ssd', 'method_title', 'one_shot',
            'method_rows', 'projected_layers', 'input_rows', 'input_covariance', 'spectrum', 'projection', 'pgu_loss',
            'pgu_prepare', 'pgu', 'away', 'noisy', 'lipschitz', 'jit', 'divergence', 'told', 'kind_of', 'distil',
-           'scrub', 'randomise', 'bad_teacher']
+           'scrub', 'mixed', 'randomise', 'bad_teacher']
 
 # %% ../nbs/02_baselines.ipynb #e03ba2f9
 import copy, inspect
@@ -23,16 +23,16 @@ from torch import nn
 from .core import DataError, PresetError, Registry, Spec, device_of, progress
 from .metrics import task_loss
 
-# %% ../nbs/02_baselines.ipynb #58a50b39
+# %% ../nbs/02_baselines.ipynb #6005fdc9
 def importance(
     model: nn.Module,
     images,                 # anything with .batches
     batch_size: int = 128,
 ) -> dict:                  # parameter name -> mean squared batch gradient
-    "I(D) = ⟨(∇L(batch))²⟩ over the batches of D."
+    "I(D) = ⟨(∇L(batch))²⟩ over batches of the shuffled D."
     names, θ = zip(*model.named_parameters())
     total, n = [torch.zeros_like(p) for p in θ], 0
-    for x, y in images.batches(batch_size, device=device_of(model)):
+    for x, y in images.batches(batch_size, True, device=device_of(model)):
         loss = task_loss(model(x), y)
         for t, g in zip(total, torch.autograd.grad(loss, θ)): t.add_(g ** 2)
         n += 1
@@ -208,12 +208,13 @@ def neggrad(model, support, state, *,
     torch.optim.SGD(model.parameters(), lr, maximize=True).step()
     return model
 
-# %% ../nbs/02_baselines.ipynb #2abac7ce
+# %% ../nbs/02_baselines.ipynb #581890be
 def ssd_prepare(model, train, val, *, batch_size: Count = 128):
     "I_tr, the importance of every parameter for the training data."
     return importance(model, train, batch_size)
 
-@method('SSD', source='Foster et al., AAAI 2024', colour='#de8f05', prepare=ssd_prepare)
+@method('SSD', source='Foster et al., AAAI 2024', colour='#de8f05',
+        prepare=ssd_prepare, version=2)
 def ssd(model, support, state, *,
     dampening: Positive,      # λ, what a dampened weight keeps
     selection: Positive,      # α, how much more it has to matter to S
@@ -448,13 +449,13 @@ def distil(
         schedule.step()
     return student
 
-# %% ../nbs/02_baselines.ipynb #1cb8dc08
-@method('SCRUB', 'full', 'Kurmanji et al., NeurIPS 2023', colour='#ca9161')
+# %% ../nbs/02_baselines.ipynb #f8455ad5
+@method('SCRUB', 'full', 'Kurmanji et al., NeurIPS 2023', colour='#ca9161', version=2)
 def scrub(model, support, state, *, retain, forget,
     lr: Positive,
     forget_epochs: Annotated[int, Field(ge=0)],  # F
     epochs: Count = 10,
-    batch_size: Count = 32, forget_batch_size: Count = 64,
+    batch_size: Count = 32,   # of D_r and of D_f
     T: Positive = 4., kl_weight: float = .001, task_weight: float = .99,
     augment: bool = False,    # the training's crops and flips on D_r and D_f
     multilabel: Literal['sigmoid', 'softmax'] = 'sigmoid',  # softmax: as released
@@ -465,12 +466,26 @@ def scrub(model, support, state, *, retain, forget,
     how = True, .08 if augment else None, device_of(model)
     def losses(epoch):
         if epoch < forget_epochs:
-            for x, y in forget.batches(forget_batch_size, *how):
+            for x, y in forget.batches(batch_size, *how):
                 yield -apart(x, model(x)), 1.
         for x, y in retain.batches(batch_size, *how):
             s = model(x)
             yield kl_weight * apart(x, s) + task_weight * task_loss(s, y), None
     return distil(model, losses, lr, epochs, 'SCRUB')
+
+# %% ../nbs/02_baselines.ipynb #41e5f956
+def mixed(
+    retain, forget,   # sets of images
+    batch_size: int,
+    *how,             # of their `batches`
+):                    # yields (images [b, …], bool [b]: is it one of D_f?)
+    "Batches of the shuffled union of D_r and D_f."
+    images = lambda D: (i for x, _ in D.batches(batch_size, *how) for i in x)
+    queue, n = (images(retain), images(forget)), len(forget)
+    gone = torch.randperm(n + len(retain)) < n
+    for few in gone.split(batch_size):
+        x = torch.stack([next(queue[i]) for i in few.int().tolist()])
+        yield x, few.to(x.device)
 
 # %% ../nbs/02_baselines.ipynb #5aa35733
 @torch.no_grad()
@@ -484,8 +499,9 @@ def randomise(
     if hasattr(m, 'init_weights'): m.init_weights()   # timm: position embeddings too
     return m.eval()
 
-# %% ../nbs/02_baselines.ipynb #9b8c53d3
-@method('Bad Teacher', 'full', 'Chundawat et al., AAAI 2023', colour='#fbafe4')
+# %% ../nbs/02_baselines.ipynb #2370c903
+@method('Bad Teacher', 'full', 'Chundawat et al., AAAI 2023', colour='#fbafe4',
+        version=2)
 def bad_teacher(model, support, state, *, retain, forget,
     lr: Positive,
     epochs: Count = 5, batch_size: Count = 32,
@@ -496,11 +512,9 @@ def bad_teacher(model, support, state, *, retain, forget,
     good, bad = copy.deepcopy(model).eval(), randomise(model)
     task = kind_of(retain.y, multilabel)
     how = True, .08 if augment else None, device_of(model)
-    few = max(1, round(batch_size * len(forget) / len(retain)))
     def losses(epoch):
-        gone = [x for x, _ in forget.batches(few, *how)]
-        for i, (x, _) in enumerate(retain.batches(batch_size, *how)):
-            xf = gone[i % len(gone)]
-            t = torch.cat([told(good, x), told(bad, xf)])
-            yield divergence(t, model(torch.cat([x, xf])), 1., task), None
+        for x, gone in mixed(retain, forget, batch_size, *how):
+            t = told(good, x)
+            if gone.any(): t[gone] = told(bad, x[gone])
+            yield divergence(t, model(x), 1., task), None
     return distil(model, losses, lr, epochs, 'Bad Teacher')

@@ -27,18 +27,17 @@ def task_loss(
     else: loss = F.cross_entropy(logits, y, reduction='none')
     return loss.mean() if reduction == 'mean' else loss
 
-# %% ../nbs/api/metrics.ipynb #4e00d860
+# %% ../nbs/api/metrics.ipynb #78786a7f
 def mean_average_precision(
     logits: torch.Tensor,  # [n, c]
-    y: torch.Tensor,       # [n, c] of 0/1
-    absent: str = 'skip',  # attributes without a positive: 'skip' (undefined) or 'zero'
+    y: torch.Tensor,       # [n, c] of 0/1; attributes without a 1 are left out
 ) -> float:                # 0…100
     "Macro mAP × 100, in double precision. NaN if no attribute has a positive."
     seen = [j for j in range(y.shape[1]) if y[:, j].any()]
     if not seen: return float('nan')
     p, y = logits.double().sigmoid(), y.long()
     each = [float(binary_average_precision(p[:, j], y[:, j])) for j in seen]
-    return 100 * sum(each) / (y.shape[1] if absent == 'zero' else len(seen))
+    return 100 * sum(each) / len(seen)
 
 def score(
     logits: torch.Tensor,  # [n, c]
@@ -49,17 +48,19 @@ def score(
     if y.is_floating_point(): return mean_average_precision(logits.cpu(), y.cpu())
     return 100 * float((logits.argmax(1) == y).float().mean())
 
-# %% ../nbs/api/metrics.ipynb #bbf154a1
+# %% ../nbs/api/metrics.ipynb #713caade
 def batch_score(
     logits: torch.Tensor,  # [n, c]
     y: torch.Tensor,       # multi-label: float [n, c]; multi-class: int64 [n]
 ) -> torch.Tensor:         # scalar 0…1, no gradient
-    "Accuracy, or macro mAP where absent attributes count as zero."
+    "Accuracy, or macro mAP over the attributes that somebody has; 0 if there is none."
     logits = logits.detach()
     if not y.is_floating_point(): return (logits.argmax(1) == y).float().mean()
-    hit = y.gather(0, logits.argsort(0, descending=True))
-    rank = torch.arange(1, len(y) + 1, device=y.device)[:, None]
-    return ((hit * hit.cumsum(0) / rank).sum(0) / hit.sum(0).clamp(min=1)).mean()
+    p, order = (-logits.sigmoid().T).contiguous().sort()   # [c, n], surest first
+    hit = y.T.gather(1, order)
+    rank = torch.searchsorted(p, p, right=True)            # how many are as sure
+    precision = hit.cumsum(1).gather(1, rank - 1) / rank
+    return ((hit * precision).sum(1) / hit.sum(1)).nanmean().nan_to_num()
 
 # %% ../nbs/api/metrics.ipynb #4ec142ed
 def tug_of_war(

@@ -8,16 +8,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torchmetrics.functional.classification import binary_average_precision
 
 from oneshui.core import DataError, NumbersError, PresetError
 from oneshui.data import Pixels, make_request
 from oneshui.metastep import (FACTORS, Alignment, ForgetAndKeep, KeepTask, Simulation,
                               Step, TaskAscent, expected_error, find_start,
                               fixed_learner, value)
-from oneshui.metaunlearn import (MetaLoss, Published, learn_loss, parameters_of,
-                                 restored, shape_of, unlearn_once)
+from oneshui.metaunlearn import (MetaLoss, Published, batch_loss, learn_loss,
+                                 meta_objective, parameters_of, restored, shape_of,
+                                 unlearn_once)
 from oneshui.methods import METHODS
-from oneshui.metrics import task_loss
+from oneshui.metrics import batch_score, task_loss
 from oneshui.readers import read_faces
 from oneshui.vit import ImageSet, create_model, predict, support_set
 
@@ -163,6 +165,35 @@ def test_a_retain_step_starts_where_the_first_one_arrived(world):
 
 
 # What is asked for
+
+def test_a_batch_is_scored_on_what_somebody_has():
+    "Three images, three attributes: one ranked 1, 0, 1; one that nobody has; one tied."
+    lo = torch.tensor([[3., 0., 1.], [2., 1., 1.], [1., 2., -1.]])
+    y = torch.tensor([[1., 0., 0.], [0., 0., 1.], [1., 0., 0.]])
+    first, tied = (1 / 1 + 2 / 3) / 2, 1 / 2      # the tied pair ends at rank 2
+    assert float(batch_score(lo, y)) == pytest.approx((first + tied) / 2)
+    # A multiplies the losses by one minus that, and d is smooth L1
+    f, v = batch_loss(lo, y), batch_loss(-lo, y)
+    assert float(f) == pytest.approx(float(task_loss(lo, y)) * (1 - (first + tied) / 2))
+    gap = abs(float(f - v))
+    by_hand = gap ** 2 / 2 if gap < 1 else gap - .5
+    both = meta_objective((lo, y), (-lo, y), (-lo, y))
+    assert float(both) == pytest.approx(2 * by_hand, rel=1e-5)
+    assert batch_score(lo, 0 * y) == 0, 'nobody has anything: the loss stays as it is'
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_the_fast_score_is_torchmetrics_own(dtype):
+    "Attributes that nobody has are left out; ties, frequent in half precision, count."
+    torch.manual_seed(0)
+    for _ in range(5):
+        lo, y = torch.randn(64, 40).to(dtype), (torch.rand(64, 40) < .05).float()
+        p, seen = lo.sigmoid().float(), y.any(0)
+        want = [binary_average_precision(p[:, j], y[:, j].long())
+                for j in range(40) if seen[j]]
+        assert not seen.all()
+        assert float(batch_score(lo, y)) == pytest.approx(float(np.mean(want)), abs=1e-6)
+
 
 def test_simulated_requests_look_at_the_right_people(world):
     model, D, _ = world

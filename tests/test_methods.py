@@ -271,6 +271,17 @@ def test_importance_is_the_mean_squared_gradient_of_batches(cnn):
         assert torch.allclose(v, (each[0][n] + each[1][n]) / 2, atol=1e-7)
 
 
+def test_importance_is_taken_over_shuffled_batches(cnn):
+    asked = []
+    class Shuffled(Images):
+        def batches(self, size, shuffle=False, **_):
+            asked.append(shuffle)
+            return super().batches(size)
+    x, y = torch.randn(4, 3, 16, 16), torch.randint(0, 5, (4,))
+    methods.importance(cnn, Shuffled(x, y), 2)
+    assert asked == [True]
+
+
 def test_ssd_is_pretrain_to_the_digit_where_nothing_exceeds_the_threshold(world):
     state, before = world.prepare('ssd', {}), list(world.model.parameters())
     damp = lambda α: world.unlearn('ssd', state, dict(dampening=.5, selection=α))
@@ -358,6 +369,70 @@ def test_divergence_is_torchs(task, kind):
     kl = kl_divergence(kind(logits=t / T), kind(logits=s / T))
     want = T ** 2 * (kl.sum(1) if kl.ndim == 2 else kl).mean()
     assert torch.allclose(methods.divergence(t, s, T, task), want, atol=1e-5)
+
+
+class Watched(Images):
+    "Images, each a number, that note how they are asked for."
+    def __init__(self, *numbers):
+        x = torch.tensor(numbers)[:, None]
+        super().__init__(x, (x[:, 0] > 0).long())
+        self.asked = []
+    def __len__(self): return len(self.y)
+    def batches(self, size, shuffle, *_):
+        self.asked.append((size, shuffle))
+        return super().batches(size)
+
+
+class Two(nn.Module):
+    "Logits (0, w x)."
+    def __init__(self, w=1.): super().__init__(); self.w = nn.Parameter(torch.tensor(w))
+    def forward(self, x): return torch.cat([0 * x, self.w * x], 1)
+    def reset_parameters(self): self.w.data.fill_(-3.)
+
+
+def test_the_union_comes_once_an_epoch_in_random_order():
+    stay, gone = Watched(*map(float, range(40))), Watched(100., 101., 102.)
+    torch.manual_seed(0)
+    epochs = [list(methods.mixed(stay, gone, 8, True)) for _ in range(200)]
+    for found in epochs:
+        assert [len(x) for x, _ in found] == [8, 8, 8, 8, 8, 3]
+        x, mark = (torch.cat(part) for part in zip(*found))
+        assert sorted(x[:, 0].tolist()) == [*range(40), 100, 101, 102]
+        assert torch.equal(x[:, 0] >= 100, mark)
+    none = np.mean([[not m.any() for _, m in found[:5]] for found in epochs])
+    by_hand = np.prod([(40 - i) / (43 - i) for i in range(8)])   # none of 3 among 8
+    assert none == pytest.approx(by_hand, abs=.04)
+    assert gone.asked == 200 * [(8, True)]
+
+
+def test_bad_teacher_by_hand():
+    "One batch, one epoch: the teacher of each image is the random net or the original."
+    stay, gone, lr = Watched(2.), Watched(-1., .5), .1
+    student, rate = Two(), dict(lr=lr, epochs=1, batch_size=4)
+    u = METHODS['bad_teacher'].unlearn(student, None, {}, rate, retain=stay, forget=gone)
+    s = lambda v: 1 / (1 + np.exp(-v))
+    # d/dw of KL(teacher ‖ student) = (s(w x) − teacher's) x; then weight decay
+    slope = [(s(2.) - s(2.)) * 2, (s(-1.) - s(3.)) * -1, (s(.5) - s(-1.5)) * .5]
+    by_hand = 1 - lr * (np.mean(slope) + 5e-4)
+    assert u.w.item() == pytest.approx(by_hand, abs=1e-6)
+
+
+def test_scrub_by_hand():
+    "Two epochs of one batch each; the first also forgets, from where KL has no slope."
+    stay, gone, lr = Watched(2., -1.), Watched(.5), .1
+    hp = dict(lr=lr, epochs=1, forget_epochs=1, kl_weight=0., task_weight=1.)
+    ask = lambda **h: METHODS['scrub'].unlearn(Two(), None, {}, hp | h, retain=stay,
+                                               forget=gone)
+    s = lambda v: 1 / (1 + np.exp(-v))
+    # forget step: slope 0 at the teacher, weight decay only; retain step: momentum .9
+    w, v = 1., 5e-4
+    w -= lr * v
+    slope = np.mean([(s(2 * w) - 1) * 2, (s(-w) - 0) * -1]) + 5e-4 * w
+    by_hand = w - lr * (.9 * v + slope)
+    assert ask().w.item() == pytest.approx(by_hand, abs=1e-6)
+    assert gone.asked == [(32, True)] and stay.asked == [(32, True)]
+    ask(batch_size=7)
+    assert gone.asked[1:] == [(7, True)] and stay.asked[1:] == [(7, True)]
 
 
 # ---- no training image can be recovered from what a preparation keeps
