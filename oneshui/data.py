@@ -145,27 +145,29 @@ def split_people(
     part[order[dealt < held_out / 2 * len(faces)]] = TEST
     return part
 
-# %% ../nbs/00_data_splits.ipynb #f6f2acc3
+# %% ../nbs/00_data_splits.ipynb #5ebbd7a6
 def draw_askers(
     faces: Faces,
     part: np.ndarray,  # from `split_people`
     sizes: tuple,      # request sizes; the largest counts, and 1 has a rule of its own
     seed: int,
-) -> np.ndarray:       # int64 [max(sizes)], the codes of people
+    requests: int = 1, # how many requests, of different people
+) -> np.ndarray:       # int64 [requests, max(sizes)], the codes of people
     "Who asks. A smaller request asks for the first of them. Raises `DataError`."
     order = np.random.default_rng([seed, 1]).permutation(len(part))
     order = order[(part[order] == TRAIN) & (faces.count[order] > 1)]
-    if 1 in sizes:
-        first = order[faces.count[order] > 5][:1]
-        if not len(first):
-            raise DataError(f'{faces.name}: nobody in the training part has more than '
-                            'five images, as N_S = 1 asks. Ask for two or more.')
-        order = np.concatenate([first, order[order != first]])
-    if len(order) < max(sizes):
-        raise DataError(f'{faces.name}: N_S = {max(sizes)} people cannot be drawn: '
+    n, several = max(sizes), f'{requests} requests of ' * (requests > 1)
+    if len(order) < requests * n:
+        raise DataError(f'{faces.name}: {several}N_S = {n} people cannot be drawn: '
                         f'{len(order)} of the {(part == TRAIN).sum()} people in the '
                         'training part have more than one image. Ask for fewer.')
-    return order[:max(sizes)]
+    first = (order[faces.count[order] > 5] if 1 in sizes else order)[:requests]
+    if len(first) < requests:
+        raise DataError(f'{faces.name}: {several}N_S = 1 need {requests} people with '
+                        f'more than five images; the training part has {len(first)}. '
+                        'Ask for two or more.')
+    others = order[~np.isin(order, first)][:requests * (n - 1)]
+    return np.concatenate([first[:, None], others.reshape(requests, n - 1)], 1)
 
 # %% ../nbs/00_data_splits.ipynb #5184be16
 def draw_support(
@@ -232,7 +234,7 @@ def check_request(
     if wrong:
         raise DataError(f'{faces.name}, N_S = {len(r.support)}: {"; ".join(wrong)}.')
 
-# %% ../nbs/00_data_splits.ipynb #36d01d9e
+# %% ../nbs/00_data_splits.ipynb #297c78a3
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Request(Partition):
     "Who asks to be forgotten, and the sets of images that follow from it."
@@ -241,6 +243,8 @@ class Request(Partition):
     seed: int
     sizes: tuple      # all request sizes that share this seed's Pretrain
     fingerprint: str  # of the table
+    requests: int = 1 # how many requests of each size share it
+    number: int = 0   # which of them this is
 
     def save(self, path: str | Path):
         "Write as JSON, atomically."
@@ -260,24 +264,29 @@ class Request(Partition):
         check_request(r, faces)
         return r
 
-# %% ../nbs/00_data_splits.ipynb #4c0aa78f
+# %% ../nbs/00_data_splits.ipynb #c6c600d3
 def make_request(
     faces: Faces,
     n_forget: int,              # N_S: how many people ask
     seed: int,                  # parts, people and portraits all follow from it
     sizes: tuple | None = None, # sizes that shall share one Pretrain; None: n_forget
     held_out: float = .4,       # share of the images in validation and test (paper)
+    requests: int = 1,          # how many requests, of different people, share it too
+    number: int = 0,            # which of them: 0…requests-1
 ) -> Request:
     "Partition `faces` for one request (paper §3). Raises `DataError`."
     if n_forget < 1: raise DataError(f'N_S = {n_forget}: somebody has to ask.')
+    if not 0 <= number < requests:
+        raise DataError(f'request number {number}: there are {requests}, from 0.')
     sizes = tuple(sorted({n_forget, *(sizes or ())}))
     part = split_people(faces, seed, held_out)
-    askers = draw_askers(faces, part, sizes, seed)
-    support = draw_support(faces, askers, seed)
-    sets = divide(faces, part, askers[:n_forget], support)
+    askers = draw_askers(faces, part, sizes, seed, requests)
+    kept_out = draw_support(faces, askers.ravel(), seed)
+    asker, support = askers[number, :n_forget], kept_out.reshape(askers.shape)[number]
     r = Request(dataset=faces.name, n_forget=n_forget, seed=seed, sizes=sizes,
-                fingerprint=faces.table_fingerprint, support=support[:n_forget],
-                forget_identities=askers[:n_forget], **sets)
+                fingerprint=faces.table_fingerprint, requests=requests, number=number,
+                support=support[:n_forget], forget_identities=asker,
+                **divide(faces, part, asker, kept_out))
     check_request(r, faces)
     return r
 

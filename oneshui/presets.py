@@ -32,6 +32,7 @@ class Preset(Spec):
     "One table of numbers; `load_preset` reads it."
     name: str
     seeds: list[int]                # what tables report
+    requests: int = 1               # that share a seed's Pretrain, of each size
     tuning_seed: int | None = None  # settings were chosen on it; never reported
     portraits: dict = {}            # arguments of `write_portraits`; empty: none drawn
     focus: list[str] = []           # data sets of the longer experiments; empty: all

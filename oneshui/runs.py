@@ -52,7 +52,7 @@ def seeds_of(
     if isinstance(seed, Seeds): return seed
     return Seeds(request=seed, training=seed, unlearning=seed)
 
-# %% ../nbs/api/runs.ipynb #e5b68d1b
+# %% ../nbs/api/runs.ipynb #3e10e799
 TRAININGS = ('pretrain', 'retrain')
 
 class RunSpec(Spec):
@@ -66,6 +66,8 @@ class RunSpec(Spec):
     train: TrainSpec
     method: str             # pretrain, retrain or a declared method
     hyper: dict = {}        # the method's settings, where they differ from its defaults
+    requests: int = 1       # how many requests of each size share one Pretrain
+    number: int = 0         # which of them
     start: Literal[TRAININGS] = 'pretrain'  # 'retrain': an attacker's reference
     prepared: bool = False  # only what the method computes while the data is there
     versions: dict = {}     # of reader, recipe and method
@@ -80,15 +82,15 @@ class RunSpec(Spec):
         "Of the request."
         return self.seeds.request
 
-# %% ../nbs/api/runs.ipynb #4ed3f908
+# %% ../nbs/api/runs.ipynb #ec02e58c
 @patch(as_prop=True)
 def name(self: RunSpec) -> str:
     "Folder of the run."
     marks = dict(reference=self.start == 'retrain', prepared=self.prepared)
     kind = '-'.join([self.method, *(k for k, on in marks.items() if on)])
     seeds = '.'.join(map(str, dict.fromkeys(self.seeds.model_dump().values())))
-    data = Path(self.dataset).stem
-    return f'{data}-{self.n_forget}-seed{seeds}-{kind}-{self.digest}'
+    who = f'{Path(self.dataset).stem}-{self.n_forget}-seed{seeds}-request{self.number}'
+    return f'{who}-{kind}-{self.digest}'
 
 # %% ../nbs/api/runs.ipynb #14059fde
 def _source(fn):
@@ -190,7 +192,7 @@ class RunStore:
         "Its images at an edge of `size` pixels."
         return Pixels(self.faces(dataset), size, self.root / 'cache')
 
-# %% ../nbs/api/runs.ipynb #e069a1d3
+# %% ../nbs/api/runs.ipynb #2d4d75fa
 @patch
 def spec(self: RunStore,
     preset: Preset, dataset: str,
@@ -198,6 +200,7 @@ def spec(self: RunStore,
     method: str,                # pretrain, retrain or a method
     hyper: dict | None = None,  # None: what the preset's table says
     start: str = 'pretrain',    # or 'retrain'
+    number: int = 0,            # which of the preset's requests
 ) -> RunSpec:
     "The specification of one run of a preset. Raises `PresetError` before any work."
     sizes = tuple(sorted({*preset.cell(dataset).n_forget, n_forget}))
@@ -212,7 +215,8 @@ def spec(self: RunStore,
     data = self.faces(dataset).fingerprint
     return RunSpec(dataset=dataset, data=data, n_forget=n_forget, sizes=sizes,
                    seeds=seeds_of(seed), model=preset.model, train=recipe,
-                   method=method, hyper=settings, start=start, versions=versions)
+                   method=method, hyper=settings, start=start, versions=versions,
+                   requests=preset.requests, number=number)
 
 # %% ../nbs/api/runs.ipynb #c8450d88
 @patch
@@ -227,7 +231,7 @@ def related(self: RunStore,
         raise PresetError(f'no related run "{what}". Valid: {", ".join(parts)}.')
     return parts[what](s, what)
 
-# %% ../nbs/api/runs.ipynb #66fd1677
+# %% ../nbs/api/runs.ipynb #e755a709
 def _training(s, what):
     # seeds of the unlearning and the method's version are none of its business
     versions = {k: v for k, v in s.versions.items() if k != 'method'}
@@ -247,19 +251,20 @@ def _reference(s, what):
 
 def _prepared(s, what):
     # Retrain belongs to one request; from Pretrain, one preparation serves them all
-    n = max(s.sizes) if s.start == 'pretrain' else s.n_forget
+    n, k = (max(s.sizes), 0) if s.start == 'pretrain' else (s.n_forget, s.number)
     own = METHODS[s.method].prepare_settings
     hyper = {k: v for k, v in s.hyper.items() if k in own}
-    return s.model_copy(update=dict(prepared=True, n_forget=n, hyper=hyper))
+    return s.model_copy(update=dict(prepared=True, n_forget=n, number=k, hyper=hyper))
 
-# %% ../nbs/api/runs.ipynb #6458b3e6
+# %% ../nbs/api/runs.ipynb #26d9cc30
 @patch
 def served_by(self: RunStore,
     s: RunSpec,
 ) -> RunSpec:
     "The run that holds what is asked for: Pretrain is that of the largest request."
     if s.method != 'pretrain': return s
-    return _training(s, 'pretrain').model_copy(update=dict(n_forget=max(s.sizes)))
+    largest = dict(n_forget=max(s.sizes), number=0)
+    return _training(s, 'pretrain').model_copy(update=largest)
 
 @patch
 def folder(self: RunStore, s: RunSpec) -> Path:
@@ -271,13 +276,14 @@ def has(self: RunStore, s: RunSpec) -> bool:
     "Is it made?"
     return (self.folder(s) / 'manifest.json').exists()
 
-# %% ../nbs/api/runs.ipynb #cd40cb3e
+# %% ../nbs/api/runs.ipynb #e59b739b
 SETS = ('support', 'forget', 'retain', 'val', 'test')
 
 @patch
 def request(self: RunStore, s: RunSpec) -> Request:
     "Who asks, and the index sets that follow."
-    return make_request(self.faces(s.dataset), s.n_forget, s.seed, s.sizes)
+    return make_request(self.faces(s.dataset), s.n_forget, s.seed, s.sizes,
+                        requests=s.requests, number=s.number)
 
 @patch
 def sets(self: RunStore,
@@ -481,7 +487,7 @@ def outputs(self: RunStore,
     return Outputs(by_set(logits), targets, by_set(faces.identity),
                    self.views(s, views, r) if views else {})
 
-# %% ../nbs/api/runs.ipynb #6faa6cb6
+# %% ../nbs/api/runs.ipynb #c9c771bb
 @patch
 def views(self: RunStore,
     s: RunSpec, views: int,
@@ -489,7 +495,7 @@ def views(self: RunStore,
 ) -> dict:  # 'forget', 'test' -> float32 [views, n, c]
     "Logits of D_f and D_te under the training's augmentation, made when first asked."
     run = self.get(s)
-    f = run.folder / f'views-{views}-of-{r.n_forget}.safetensors'
+    f = run.folder / f'views-{views}-of-{r.n_forget}-{r.number}.safetensors'
     with FileLock(self.root / f'.{run.folder.name}.lock'):
         if not f.exists():
             part = f.with_suffix(f'.{os.getpid()}.part')
@@ -529,7 +535,7 @@ def cached(self: RunStore,
     warn_if_stale(f.name, kept['code'], code_of(*code))
     return kept['value']
 
-# %% ../nbs/api/runs.ipynb #20b724bc
+# %% ../nbs/api/runs.ipynb #2bdf1337
 @patch
 def metric(self: RunStore,
     s: RunSpec,
@@ -539,7 +545,8 @@ def metric(self: RunStore,
     m, run = METRICS[name], self.served_by(s)
     need = {n: self.related(s, n) for n in m.needs}
     served = {n: self.served_by(o).digest for n, o in need.items()}
-    key = dict(version=m.version, run=run.digest, n_forget=s.n_forget, needs=served)
+    key = dict(version=m.version, run=run.digest, n_forget=s.n_forget, needs=served,
+               number=s.number)
     seen = lambda o: self.outputs(o, m.views, s.n_forget)
     make = lambda: m.fn(seen(s), **{n: seen(o) for n, o in need.items()})
     return self.cached(f'metric-{name}', key, make, m.fn)
@@ -694,7 +701,7 @@ def _stages(store, specs):
     once = lambda runs: list({s.name: s for s in map(store.served_by, runs)}.values())
     return {label: once(runs) for label, runs in stages.items()}
 
-# %% ../nbs/api/runs.ipynb #643316f1
+# %% ../nbs/api/runs.ipynb #bdd63074
 def make_runs(
     store: RunStore,
     specs: list,        # RunSpecs
@@ -703,7 +710,7 @@ def make_runs(
     "Make every run that is missing. Raises `StoreError` at the end: what failed."
     for d, size in {(s.dataset, s.model.image_size) for s in specs}:
         store.pixels(d, size)   # read, check and decode before any training
-    asked_of = {(s.dataset, s.n_forget, s.seed, s.sizes): s for s in specs}
+    asked_of = {(s.dataset, s.n_forget, s.seed, s.sizes, s.number): s for s in specs}
     for s in asked_of.values(): store.request(s)
     failed, asked = [], 0
     for label, runs in _stages(store, specs).items():
@@ -719,19 +726,20 @@ def make_runs(
     broken = _stage(store, judged, _judge, 'measuring', n_jobs)
     if broken: raise StoreError('\n'.join(broken[:5]))
 
-# %% ../nbs/api/runs.ipynb #27d02be8
+# %% ../nbs/api/runs.ipynb #42070532
 def run_grid(
     store: RunStore, preset: Preset,
     datasets: list, seeds: list,
     methods: list | None = None,  # None: all rows of the tables
     n_jobs: int = 2,              # processes
-) -> pd.DataFrame:  # tidy: dataset, n_forget, seed, method, metric, value
+) -> pd.DataFrame:  # tidy: dataset, n_forget, seed, request, method, metric, value
     "All runs of a grid as one table. Raises `StoreError` after the others are stored."
     cells = [(d, n) for d in datasets for n in preset.cell(d).n_forget]
-    grid = {(d, n, k, m): store.spec(preset, d, n, k, m)
-            for d, n in cells for k in seeds for m in methods or method_rows()}
+    asked = [(*c, k, r) for c in cells for k in seeds for r in range(preset.requests)]
+    grid = {(d, n, k, r, m): store.spec(preset, d, n, k, m, number=r)
+            for d, n, k, r in asked for m in methods or method_rows()}
     make_runs(store, list(grid.values()), n_jobs)
-    keys = ('dataset', 'n_forget', 'seed', 'method')
+    keys = ('dataset', 'n_forget', 'seed', 'request', 'method')
     found = {key: store.metrics(s) for key, s in grid.items()}
     return pd.DataFrame([dict(zip(keys, key)) | dict(metric=name, value=value)
                          for key, m in found.items() for name, value in m.items()])
