@@ -10,7 +10,7 @@ __all__ = ['EDGES', 'Weight', 'GRID', 'FACTORS', 'Sizes', 'Loss', 'Taken', 'Step
            'short_form', 'long_form', 'one_of', 'One', 'PerTensor', 'PerBand', 'Task', 'Learned', 'Corrected',
            'metaunlearn_prepare', 'learned_state', 'metaunlearn', 'named_support', 'metastep_prepare', 'metastep']
 
-# %% ../nbs/12_metastep.ipynb #5b760452
+# %% ../nbs/12_metastep.ipynb #a8f8bbf9
 import math
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -20,9 +20,10 @@ from fastcore.basics import patch
 from pydantic import BeforeValidator, Field, PlainSerializer
 from torch import nn
 from .core import NumbersError, Spec, device_of, progress
+from .core import precision as autocast
 from .data import simulate_requests
-from .methods import (divergence, input_covariance, method, projected_layers,
-                             spectrum)
+from .methods import (Precision, divergence, input_covariance, method,
+                             projected_layers, spectrum)
 from .metaunlearn import (
     DISTANCES, INPUTS, Count, Inputs, MetaLoss, Rate, Share, Singles, batch_loss,
     finite, fresh_mask, gradient, new_rng, outputs, parameters_of, positions, restored,
@@ -212,16 +213,21 @@ def expected_error(
     if y.is_floating_point(): return (logits * (1 - 2 * y)).sigmoid().mean(1)
     return 1 - logits.softmax(1).gather(1, y[:, None])[:, 0]
 
-# %% ../nbs/12_metastep.ipynb #790aeafb
+# %% ../nbs/12_metastep.ipynb #6dab72b5
 class Known:
     "A set of images, and what the model says of them."
-    def __init__(self, model: nn.Module, images):   # ImageSet
+    def __init__(self, model: nn.Module, images,   # ImageSet
+        precision: str = 'fp32',                   # of forward passes
+    ):
         self.model, self.images, self.y = model, images, images.y.to(device_of(model))
-        self.rows = np.arange(len(images))
+        self.rows, self.precision = np.arange(len(images)), precision
     def tensors(self, rows: np.ndarray): return self.images.tensors(rows, self.y.device)
 
     @cached_property
-    def logits(self): return predict(self.model, self.images).to(self.y.device)
+    def logits(self):
+        kind = torch.bfloat16 if self.precision == 'bf16' else torch.float32
+        said = predict(self.model, self.images, dtype=self.precision)
+        return said.to(self.y.device, kind)
 
     @cached_property
     def error(self): return expected_error(self.logits, self.y)
@@ -233,18 +239,21 @@ class Known:
         "What the model says of some images, and should say."
         if θ is None: return self.logits[rows], self.y[rows]
         x, y = self.tensors(rows)
-        return outputs(self.model, θ, x)[0], y
+        with autocast(self.model, self.precision):
+            return outputs(self.model, θ, x)[0], y
 
-# %% ../nbs/12_metastep.ipynb #10f51112
+# %% ../nbs/12_metastep.ipynb #a80610d1
 class Simulation:
     "The data while it is there, what θ says of it, and requests simulated on it."
     def __init__(self, model: nn.Module, train, val,  # ImageSets D_tr, D_v
         size: int,              # people in a request
         batch_size: int,        # of whatever is looked at after a step
         singles: str = 'skip',  # of `simulate_requests`
+        precision: str = 'fp32',  # in which an image is looked at after a step
     ):
         self.model, self.θ, self.rng = model, parameters_of(model), new_rng()
-        self.train, self.val, self.queue = Known(model, train), Known(model, val), []
+        self.train, self.val = (Known(model, D, precision) for D in (train, val))
+        self.queue = []
         self.people, self.who = np.unique(train.identity, return_inverse=True)
         self.size, self.batch_size, self.singles = size, batch_size, singles
 
@@ -600,7 +609,7 @@ class Corrected(Learned):
 
 Sizes, Loss = one_of(PerBand, PerTensor, One), one_of(Task, Corrected, Learned)
 
-# %% ../nbs/12_metastep.ipynb #5ff88337
+# %% ../nbs/12_metastep.ipynb #c1fb8c53
 def metaunlearn_prepare(model, train, val, *,
     simulated_size: Count,     # people in a simulated request; a run fills in its N_S
     eta: Rate,                 # η of the simulated step
@@ -613,16 +622,18 @@ def metaunlearn_prepare(model, train, val, *,
     singles: Singles = 'skip', # who has one image only: of `simulate_requests`
     objective: one_of(Alignment, Scrub, ForgetAndKeep) = Alignment(),  # A
     retain_step: bool = False, # learn a second step too, which repairs
+    precision: Precision = 'fp32',  # of A
 ):
     "φ, learned on simulated requests (Algorithm 1). Raises `NumbersError`."
-    sim = Simulation(model, train, val, simulated_size, batch_size, singles)
+    how = simulated_size, batch_size, singles, precision
+    sim = Simulation(model, train, val, *how)
     shape, rates = (*shape_of(model, val), len(sim.people)), (eta, lr, epochs)
     new = lambda: MetaLoss(*shape, inputs, hidden, dropout)
     learner = fixed_learner(sim, new(), objective, *rates)
     if retain_step: learner.retain = fixed_learner(sim, new(), KeepTask(), *rates)
     return learned_state(learner.fit(sim.epochs(epochs)))
 
-# %% ../nbs/12_metastep.ipynb #7c0ca256
+# %% ../nbs/12_metastep.ipynb #c467a602
 def learned_state(
     learner: MetaLearner,
 ) -> dict:  # φ, that of a retain step, the train identities, A of every request
@@ -632,8 +643,10 @@ def learned_state(
     seen = dict(identities=torch.from_numpy(learner.sim.people))
     return stored(**losses) | seen | learner.record()
 
+# %% ../nbs/12_metastep.ipynb #91a064ed
 @method('MetaUnlearn', source='De Min et al., TMLR 2025', colour='#56b4e9',
-        prepare=metaunlearn_prepare, version=2)
+        prepare=metaunlearn_prepare, version=2,
+        released=dict(singles='reuse', precision='bf16'))
 def metaunlearn(model, support, state, *,
     eta: Rate, inputs: Inputs = INPUTS, hidden: Count = 512, dropout: Share = .5,
     steps: Count = 1,          # with the same h_φ, from where the last one arrived

@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from torchmetrics.functional.classification import binary_average_precision
 from .core import Registry
 
-# %% ../nbs/api/metrics.ipynb #b311f298
+# %% ../nbs/api/metrics.ipynb #e1258af3
 def task_loss(
     logits: torch.Tensor,     # [n, c]
     y: torch.Tensor,          # multi-label: float [n, c]; multi-class: int64 [n]
     reduction: str = 'mean',  # 'mean' -> scalar, 'none' -> [n]
 ) -> torch.Tensor:
     "L_task: binary cross entropy averaged over attributes, or cross entropy."
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))   # at least
     if y.is_floating_point():
         loss = F.binary_cross_entropy_with_logits(logits, y, reduction='none').mean(1)
     else: loss = F.cross_entropy(logits, y, reduction='none')

@@ -407,9 +407,9 @@ def test_the_union_comes_once_an_epoch_in_random_order():
 
 def test_bad_teacher_by_hand():
     "One batch, one epoch: the teacher of each image is the random net or the original."
-    stay, gone, lr = Watched(2.), Watched(-1., .5), .1
-    student, rate = Two(), dict(lr=lr, epochs=1, batch_size=4)
-    u = METHODS['bad_teacher'].unlearn(student, None, {}, rate, retain=stay, forget=gone)
+    full, lr = dict(retain=Watched(2.), forget=Watched(-1., .5)), .1
+    hp = dict(lr=lr, epochs=1, batch_size=4)
+    u = METHODS['bad_teacher'].unlearn(Two(), None, {}, hp, **full)
     s = lambda v: 1 / (1 + np.exp(-v))
     # d/dw of KL(teacher ‖ student) = (s(w x) − teacher's) x; then weight decay
     slope = [(s(2.) - s(2.)) * 2, (s(-1.) - s(3.)) * -1, (s(.5) - s(-1.5)) * .5]
