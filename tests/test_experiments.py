@@ -6,18 +6,22 @@ import pandas as pd
 import pytest
 
 from oneshui.core import StoreError
-from oneshui.experiments import Asked, Experiment, cells_of, compare_arms, grid
-from oneshui.experiments import table_of, variants
+from oneshui.experiments import Asked, Experiment, cells_of, grid, on_edge
+from oneshui.experiments import requests_of, search_cost, tuned_table, variants
+from oneshui.intervals import compare_arms, t_interval
 from oneshui.methods import METHODS, method, one_shot
 from oneshui.questions import ONE_SEED, PORTRAITS, attack_runs, in_turn
 from oneshui.questions import portrait_choices, portrait_similarity, power
 from oneshui.questions import prepared_otherwise
 from oneshui.questions import progress_by_bin, single_hyper, split_request, thinned
 from oneshui.questions import with_portrait
-from oneshui.results import away_from_retrain, compare_with_published, dots, highest
-from oneshui.results import mean_pm, published, report_published, score_numbers
-from oneshui.results import score_table, t_interval, tabular, verdict, write_table
+from oneshui.results import dots, in_order, mean_pm, published, tabular, title_of
+from oneshui.results import write_table
 from oneshui.runs import make_runs, measure
+from oneshui.tables import agrees, away_from_retrain, caption_of, compare_with_published
+from oneshui.tables import highest, is_published, means_beside, replicates_of
+from oneshui.tables import report_published, score_caption, score_numbers, score_table
+from oneshui.tables import share_words, table_of
 
 matplotlib.use('agg')
 
@@ -33,21 +37,9 @@ def scores():
         for a, gain in GAINS.items() for n in (5, 10) for k, tow in SEEDS.items()])
 
 
-# Intervals and verdicts
-
-def test_interval_by_hand():
-    mean, half, n = t_interval([1, 2, 3])
-    assert (mean, n) == (2, 3) and half == pytest.approx(4.302653 / np.sqrt(3))
-    assert np.isnan(t_interval([7])[1]) and t_interval([])[2] == 0
+def test_plus_minus():
     assert mean_pm([1, 2, 3]) == '2.0 ± 2.5' and mean_pm([7]) == '7.0'
     assert mean_pm([10, 55, 99], widest=100) == '54.7 (too few seeds)'
-
-
-@pytest.mark.parametrize('values, says', [
-    ([2, 3, 4], 'excludes 0'), ([-2, -3, -4], 'excludes 0'),
-    ([1, 2, 3], 'undecided at n = 3'), ([0, 0], 'no difference'),
-    ([5], 'one seed'), ([], '–')])
-def test_verdicts(values, says): assert verdict(*t_interval(values)) == says
 
 
 # Compared seed by seed
@@ -58,17 +50,20 @@ def test_differences_are_paired(scores):
     assert tuple(n.loc[(5, 'near'), ['difference', 'n']]) == (3, 3)
     assert n.difference_half[5, 'near'] == pytest.approx(t_interval([2, 3, 4])[1])
     assert n.tow_half[5, 'base'] > 40, 'the arms themselves scatter with the seeds'
+    # the middle one of three p-values counts twice, and 3 ± 2.5 excludes 0 only alone
     assert n.verdict[10].to_dict() == {
-        'base': '', 'other': 'excludes 0', 'noisy': 'undecided at n = 3',
-        'near': 'excludes 0'}, '3 ± 2.5'
+        'base': '', 'other': 'excludes 0, within ± 2',
+        'noisy': 'undecided (sees ≥ 3.6)', 'near': 'undecided (sees ≥ 3.6)'}
+    near = scores[scores.label.isin(['base', 'near'])]
+    assert compare_arms(near, 'base').verdict[1] == 'excludes 0'
 
 
 def test_only_seeds_that_both_have_count(scores):
     lacking = scores[~((scores.label == 'base') & (scores.seed == 2))]
     n = compare_arms(lacking, 'base').set_index(['n_forget', 'label'])
     assert n.difference[5, 'near'] == 2.5
-    assert n.n[5, 'near'] == 3 and n.n[5, 'base'] == 2
-    assert n.verdict[5, 'noisy'] == 'undecided at n = 2'
+    assert n.n[5, 'near'] == 2 and n.replicates[5, 'near'] == 3 and n.n[5, 'base'] == 2
+    assert n.verdict[5, 'noisy'].startswith('undecided')
     alone = compare_arms(scores[scores.label != 'base'], 'base')
     assert set(alone.verdict) == {'–'} and alone.difference.isna().all()
 
@@ -83,9 +78,14 @@ def test_compared_method_by_method(scores):
 def test_table_and_caption_say_everything_once(scores):
     e = Experiment.of(scores[scores.n_forget == 5], 'base')
     table, caption = e.table(), e.caption()
-    assert ' '.join(table) == 'variant D_r D_f D_te ToW Δ ToW 95 % interval'
-    for part in ('set d', '$N_S$ = 5', '3 seeds', 'half of', '*base*', 'paired'):
+    assert ' '.join(table) == 'variant D_r D_f D_te ToW Δ ToW verdict'
+    for part in ('set d', '$N_S$ = 5', '3 trainings × one request', 'half of', '*base*',
+                 'all 3 comparisons of a cell together (Holm)'):
         assert part in caption
+    one = Experiment.of(scores[scores.seed == 0], 'base')
+    assert 'One training says nothing about others' in one.caption()
+    assert '±' not in one.table().to_string() + one.caption(), 'words, no NaN'
+    assert 'nan' not in one.table().to_string().lower()
     both = Experiment.of(scores, 'base').table()
     assert list(both)[:2] == ['N_S', 'variant'] and 'NegGrad' not in both.to_string()
     names = dict(zip(GAINS, ('pretrain', 'neggrad', 'ssd', 'pgu')))
@@ -129,6 +129,7 @@ def test_arms_take_the_presets_settings(shared, smoke):
     arms = grid(shared, smoke, cells, [0, 1], ['pretrain', 'pgu'])
     assert [len(a) for a in arms.values()] == [4, 4]
     assert arms['pgu'][0] == shared.spec(smoke, 'mufac', 2, 0, 'pgu')
+    assert requests_of(smoke, cells, [0, 1])[1] == ('mufac', 2, 1, 0)
     steps = variants(shared, smoke, cells, [0], {'1': {}, '2': dict(steps=2)})
     assert steps['2'][1].hyper == steps['1'][1].hyper | dict(steps=2)
 
@@ -244,21 +245,26 @@ def test_attacks_do_not_choose_on_what_they_report(shared, smoke):
 def results():
     rows, first = [], one_shot()[0]
     metrics = ('retain', 'forget', 'test', 'mia', 'tow', 'test_loss', 'seconds')
-    for k in range(3):
-        for j, m in enumerate(('pretrain', 'retrain', *one_shot())):
-            value = {'retrain': 100., first: 90. + k}.get(m, 50 + k + j / 10)
-            rows += [dict(dataset='celeba', n_forget=5, seed=k, method=m, metric=c,
-                          value=value) for c in metrics]
+    for k, r in np.ndindex(3, 2):
+        for j, m in enumerate(('pretrain', 'retrain', 'retrain_again', *one_shot())):
+            value = {'retrain': 100., 'retrain_again': 95., first: 90. + k}
+            rows += [dict(dataset='celeba', n_forget=5, seed=k, request=r, method=m,
+                          metric=c, value=value.get(m, 50 + k + j / 10 + .01 * r * k))
+                     for c in metrics]
     return pd.DataFrame(rows)
 
 
-def test_tables_hold_mean_and_deviation_and_crown_what_is_decided(results):
-    t, first = score_numbers(results, 'celeba'), one_shot()[0]
-    assert t.tow_5_mean[first] == 91 and t.tow_5_std[first] == 1
-    assert list(t.index[:2]) == ['pretrain', 'retrain'] and t.shape[1] == 10
+def test_tables_hold_means_with_intervals_and_crown_what_is_decided(results):
+    first = one_shot()[0]
+    t = score_numbers(results, 'celeba').set_index('label')
+    assert t.tow[first] == 91 and t.tow_half[first] == pytest.approx(2.484, abs=1e-3)
+    assert t.tow_std[first] == pytest.approx(np.std([90, 91, 92] * 2, ddof=1))
+    assert list(t.index[:3]) == ['pretrain', 'retrain', 'retrain_again']
     assert highest(results, 'celeba', 5) == first
     shown = score_table(results, 'celeba', 5)
-    assert list(shown.ToW[:3]) == ['51.0 ± 1.0', '100.0 ± 0.0', '**91.0 ± 1.0**']
+    assert list(shown)[:6] == ['method', 'D_r', 'D_f', 'D_te', 'MIA', 'ToW']
+    assert list(shown.ToW[1:4]) == ['100.0 ± 0.0', '95.0 ± 0.0', '**91.0 ± 2.5**']
+    assert shown['of the way'][3].startswith('91 % (')
     second = (results.method == one_shot()[1]) & (results.metric == 'tow')
     more = results.value + 30 + 10 * results.seed
     near = results.assign(value=results.value.mask(second, more))
@@ -268,8 +274,65 @@ def test_tables_hold_mean_and_deviation_and_crown_what_is_decided(results):
     assert list(score_table(one, 'celeba', 5).ToW[:2]) == ['50.0', '100.0']
 
 
+def test_arms_that_are_no_methods_have_rows(results):
+    arm = results[results.method == 'metastep']
+    arm = arm.assign(label='MetaStep, guessed labels')
+    both = pd.concat([results.assign(label=results.method), arm])
+    rows = score_table(both, 'celeba', 5).iloc[:, 0]
+    assert rows.iloc[-1] == 'MetaStep, guessed labels' and rows[2] == 'Retrain again'
+    assert title_of('retrain_again') == 'Retrain again'
+    assert in_order(['b', 'ssd', 'a', 'retrain_again', 'b', 'pretrain']) == [
+        'pretrain', 'retrain_again', 'ssd', 'b', 'a']
+
+
+def test_captions_say_how_many_and_what_was_corrected(results):
+    said = score_caption(results, 'celeba', 5, 41.2)
+    many = len(one_shot())
+    for part in ('3 trainings × 2 requests', f'all {many} comparisons', '41 images'):
+        assert part in said
+    assert 'One training' in score_caption(results[results.seed == 0], 'celeba', 5)
+    assert replicates_of(3, 12) == '3 trainings × 4 requests'
+    assert replicates_of(1, 1) == 'one training × one request'
+    assert replicates_of(2, 5) == '2 trainings, 5 requests'
+    assert share_words(.341, .1, .55) == '34 % (10 to 55)'
+    assert share_words(1, 1, 1) == '100 %' and share_words(np.nan, 0, 1) == ''
+    assert share_words(.3, -np.inf, np.inf) == 'no room for sure'
+    tow = results[results.metric == 'tow']
+    tow = tow.rename(columns=dict(method='label', value='tow'))
+    alone = compare_arms(tow, None, beside=())
+    assert 'Δ' not in caption_of(alone, None)
+    assert 'Δ ToW' not in table_of(alone, beside=())
+
+
+def test_choices_on_the_edge_of_their_grid_are_marked(results):
+    tried = pd.DataFrame([
+        dict(dataset='celeba', n_forget=5, method=m, hyper=f'{{"lr": {x}}}', tow=t,
+             requests=4, chosen=x == best, edge=x != 2, seconds=30)
+        for m, best in (('ssd', 2), ('pgu', 3))
+        for x, t in ((1, 70), (2, 72), (3, 74))])
+    edge = on_edge(tried)
+    assert edge == {('celeba', 5, 'pgu')}
+    rows = list(score_table(results, 'celeba', 5, edge).method)
+    assert sum('‡' in r for r in rows) == 1 and f'{title_of("pgu")} ‡' in rows
+    cost = search_cost(tried).set_index('method')
+    assert tuple(cost.loc['SSD']) == (3, 12, 1.5, 0) and cost['on the edge']['PGU'] == 1
+    assert list(tuned_table(tried, 'celeba')['N_S = 5']) == ['lr 2', 'lr 3 ‡']
+    nothing = tried[:0]
+    assert not on_edge(nothing) and search_cost(nothing).empty
+
+
+def test_single_requests_are_drawn_by_training(scores):
+    more = pd.concat([scores.assign(request=r, tow=scores.tow + r) for r in range(3)])
+    one, all_ = (dots(t).axes[0] for t in (scores, more))
+    teeth = lambda ax: sum(line.get_marker() == '|' for line in ax.lines)
+    assert teeth(one) >= 12 and teeth(all_) >= 12, 'a comb for each training and arm'
+    spines = [line for line in all_.lines if line.get_color() == '.8']
+    assert len(spines) == 12 and not [x for x in one.lines if x.get_color() == '.8']
+
+
 def test_distances_to_retrain(results):
-    away = away_from_retrain(results).set_index(['metric', 'method', 'seed']).points
+    away = away_from_retrain(results[results.request == 0])
+    away = away.set_index(['metric', 'method', 'seed']).points.sort_index()
     assert (away['forget', 'retrain'] == 0).all()
     assert away['forget', 'pretrain', 2] == 52 - 100
 
@@ -283,12 +346,14 @@ def test_comparison_names_what_changed_and_what_is_missing(results, tmp_path):
     assert 'seconds' not in set(same.metric)
     changed = results.copy()
     is_ = lambda m, c: (changed.method == m) & (changed.metric == c)
-    changed.loc[is_('pgu', 'tow') & (changed.seed == 1), 'value'] += .2
+    second = (changed.seed == 1) & (changed.request == 1)
+    changed.loc[is_('pgu', 'tow') & second, 'value'] += .2
     changed.loc[is_('jit', 'tow'), 'value'] -= .05      # rounding
     changed.loc[is_('ssd', 'mia'), 'value'] += 1.4   # rounding, and a forest
     changed.loc[is_('neggrad', 'mia'), 'value'] += 1.6
     changed.loc[is_('pretrain', 'seconds'), 'value'] += 100
-    changed = changed[~(is_('retrain', 'forget') & (changed.seed == 2))]
+    first = (changed.seed == 2) & (changed.request == 0)
+    changed = changed[~(is_('retrain', 'forget') & first)]
     changed.to_csv(fresh, index=False)
     t = compare_with_published(fresh, old)
     beyond = t[~t.within]
@@ -296,26 +361,56 @@ def test_comparison_names_what_changed_and_what_is_missing(results, tmp_path):
         ('pgu', 'tow'), ('neggrad', 'mia'), ('retrain', 'forget')}
     pgu = beyond[beyond.method == 'pgu'].iloc[0]
     assert pgu.largest == pytest.approx(.2)
-    assert pgu['where'] == 'celeba, N_S = 5, seed 1'
+    assert pgu['where'] == 'celeba, N_S = 5, seed 1, request 1'
     missing = beyond[beyond.method == 'retrain'].iloc[0]
-    assert 'seed 2: not in the fresh results' in missing['where']
+    assert 'seed 2, request 0: not in the fresh results' in missing['where']
     assert np.isnan(missing.largest)
     swapped = compare_with_published(old, fresh)
     assert swapped['where'].str.contains('not published').sum() == 1
 
 
-def test_report_is_a_small_table(results, tmp_path, monkeypatch):
-    import oneshui.results
-    folder = tmp_path / 'published'
-    folder.mkdir()
-    monkeypatch.setattr(oneshui.results, 'published_folder', lambda preset: folder)
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    "A fresh folder and a published one, and how to write results into one."
+    import oneshui.tables
+    there = tmp_path / 'published'
+    there.mkdir()
+    monkeypatch.setattr(oneshui.tables, 'published_folder', lambda preset: there)
     write = lambda where, r: r.to_csv(where / 'results.csv', index=False)
-    write(tmp_path, results)
-    assert 'Nothing is published' in report_published(tmp_path, 'mini')
-    write(folder, results)
-    assert 'All within the rounding' in report_published(tmp_path, 'mini')
-    write(folder, results.assign(value=results.value + (results.metric == 'tow')))
-    said = report_published(tmp_path, 'mini')
+    return tmp_path, there, write
+
+
+def test_a_smaller_run_is_compared_run_by_run(results, folders):
+    fresh, there, write = folders
+    assert not is_published(fresh) and not agrees(fresh), 'nothing is there'
+    write(there, results)
+    few = results[(results.seed == 1) & (results.request == 0)]
+    write(fresh, few)
+    assert agrees(fresh) and not is_published(fresh), 'true, and not all'
+    write(fresh, results)
+    assert agrees(fresh) and is_published(fresh)
+    write(fresh, few.assign(value=few.value + 1))
+    assert not agrees(fresh)
+    write(fresh, few.assign(seed=7))
+    assert not agrees(fresh), 'a run that is not published'
+    old = results[results.request == 0].drop(columns='request')
+    write(there, old)
+    write(fresh, old[old.seed < 2])
+    assert agrees(fresh), 'files without the column'
+    t = means_beside(fresh / 'results.csv', there / 'results.csv')
+    assert list(t)[-2:] == ['fresh: 2 trainings × one request',
+                            'published: 3 trainings × one request']
+    assert t.iloc[1, -2:].tolist() == ['100.0 ± 0.0'] * 2
+
+
+def test_report_is_a_small_table(results, folders):
+    fresh, there, write = folders
+    write(fresh, results)
+    assert 'Nothing to compare with' in report_published(fresh, 'mini')
+    write(there, results)
+    assert 'All within the rounding' in report_published(fresh, 'mini')
+    write(there, results.assign(value=results.value + (results.metric == 'tow')))
+    said = report_published(fresh, 'mini')
     assert f'{results.method.nunique()} beyond rounding' in said and 'seed 0' in said
     assert len(said.splitlines()) < 30
 

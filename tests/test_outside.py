@@ -14,7 +14,7 @@ from oneshui.core import PresetError
 from oneshui.methods import METHODS, method_rows
 from oneshui.metrics import METRICS
 from oneshui.readers import DATASETS, read_faces
-from oneshui.results import score_table
+from oneshui.tables import score_table
 from oneshui.runs import RunStore, run_grid
 
 ROOT = Path(__file__).resolve().parents[1]
