@@ -8,7 +8,7 @@ __all__ = ['TRAIN', 'VAL', 'TEST', 'FaceTable', 'hash_table', 'hash_files', 'Fac
            'make_request', 'portrait', 'plot_request', 'ranges', 'simulate_requests', 'decode_all', 'Pixels',
            'open_map']
 
-# %% ../nbs/00_data_splits.ipynb #a5116495
+# %% ../nbs/00_data_splits.ipynb #d6895a64
 import hashlib, json, os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,6 +17,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np, pandas as pd, torch
+from fastcore.basics import patch
 from filelock import FileLock
 from PIL import Image
 from .core import DataError, PresetError, progress, write_atomically
@@ -213,7 +214,7 @@ class Partition:
         "D_tr = D_r ∪ D_f, what Pretrain learned from."
         return np.sort(np.concatenate([self.retain, self.forget]))
 
-# %% ../nbs/00_data_splits.ipynb #2dce33ed
+# %% ../nbs/00_data_splits.ipynb #941d1563
 def _people_apart(r, faces):
     people = {s: np.unique(faces.identity[getattr(r, s)]) for s in r.SETS[1:]}
     for a, b in combinations(people, 2):
@@ -223,7 +224,7 @@ def _people_apart(r, faces):
 
 def check_request(
     r: Partition, faces: Faces,
-):
+) -> Partition:   # the same
     "Raise `DataError` unless the partition is what the task demands."
     wrong = [f'{s} is empty; ask for fewer people, or bring more'
              for s in ('retain', 'val', 'test') if not len(getattr(r, s))]
@@ -231,10 +232,10 @@ def check_request(
     if np.isin(r.support, r.train).any(): wrong.append('a support image is trained on')
     if not np.array_equal(faces.identity[r.support], r.forget_identities):
         wrong.append('support images and identities do not match')
-    if wrong:
-        raise DataError(f'{faces.name}, N_S = {len(r.support)}: {"; ".join(wrong)}.')
+    if not wrong: return r
+    raise DataError(f'{faces.name}, N_S = {len(r.support)}: {"; ".join(wrong)}.')
 
-# %% ../nbs/00_data_splits.ipynb #297c78a3
+# %% ../nbs/00_data_splits.ipynb #00a19182
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Request(Partition):
     "Who asks to be forgotten, and the sets of images that follow from it."
@@ -251,20 +252,19 @@ class Request(Partition):
         plain = {k: getattr(v, 'tolist', lambda: v)() for k, v in vars(self).items()}
         write_atomically(path, json.dumps(plain))
 
-    @classmethod
-    def load(cls, path: str | Path, faces: Faces) -> 'Request':
-        "Read back, and check. Raises `DataError` if `faces` is another table."
-        d = json.loads(Path(path).read_text())
-        if d['fingerprint'] != faces.table_fingerprint:
-            raise DataError(f'{path}: was made from another {d["dataset"]} table '
-                            f'({d["fingerprint"]}, now {faces.table_fingerprint}). '
-                            'The files changed: make the request again.')
-        d |= {k: np.array(d[k], np.int64) for k in cls.SETS}
-        r = cls(**d | dict(sizes=tuple(d['sizes'])))
-        check_request(r, faces)
-        return r
+# %% ../nbs/00_data_splits.ipynb #32891f10
+@patch(cls_method=True)
+def load(cls: Request, path: str | Path, faces: Faces) -> Request:
+    "Read back, and check. Raises `DataError` if `faces` is another table."
+    d = json.loads(Path(path).read_text())
+    if d['fingerprint'] != faces.table_fingerprint:
+        raise DataError(f'{path}: was made from another {d["dataset"]} table '
+                        f'({d["fingerprint"]}, now {faces.table_fingerprint}). '
+                        'The files changed: make the request again.')
+    d |= {k: np.array(d[k], np.int64) for k in cls.SETS}
+    return check_request(cls(**d | dict(sizes=tuple(d['sizes']))), faces)
 
-# %% ../nbs/00_data_splits.ipynb #c6c600d3
+# %% ../nbs/00_data_splits.ipynb #a42f2964
 def make_request(
     faces: Faces,
     n_forget: int,              # N_S: how many people ask
@@ -275,20 +275,19 @@ def make_request(
     number: int = 0,            # which of them: 0…requests-1
 ) -> Request:
     "Partition `faces` for one request (paper §3). Raises `DataError`."
-    if n_forget < 1: raise DataError(f'N_S = {n_forget}: somebody has to ask.')
-    if not 0 <= number < requests:
-        raise DataError(f'request number {number}: there are {requests}, from 0.')
+    if n_forget < 1 or not 0 <= number < requests:
+        raise DataError(f'N_S = {n_forget}, request {number} of {requests}: somebody '
+                        'has to ask, and requests count from 0.')
     sizes = tuple(sorted({n_forget, *(sizes or ())}))
     part = split_people(faces, seed, held_out)
-    askers = draw_askers(faces, part, sizes, seed, requests)
-    kept_out = draw_support(faces, askers.ravel(), seed)
-    asker, support = askers[number, :n_forget], kept_out.reshape(askers.shape)[number]
+    people = draw_askers(faces, part, sizes, seed, requests)
+    portraits = draw_support(faces, people.ravel(), seed).reshape(people.shape)
+    asked, support = (a[number, :n_forget] for a in (people, portraits))
+    sets = divide(faces, part, asked, portraits.ravel())
     r = Request(dataset=faces.name, n_forget=n_forget, seed=seed, sizes=sizes,
                 fingerprint=faces.table_fingerprint, requests=requests, number=number,
-                support=support[:n_forget], forget_identities=asker,
-                **divide(faces, part, asker, kept_out))
-    check_request(r, faces)
-    return r
+                support=support, forget_identities=asked, **sets)
+    return check_request(r, faces)
 
 # %% ../nbs/00_data_splits.ipynb #0ee505af
 def portrait(

@@ -75,7 +75,7 @@ def _flesh(p, d):
     p['double_chin'] = d.chance(*((.5, .5) if p['chubby'] else (.06, .03)))
     p['bags'] = d.chance(*((.38, .5) if p['years'] > 47 else (.14, .23)))
 
-# %% ../nbs/api/portraits.ipynb #1ded83ab
+# %% ../nbs/api/portraits.ipynb #2c4fc605
 HAIR = ['black', 'brown', 'blond', 'auburn', 'sand', 'grey']
 CUTS = ['bald', 'buzz', 'parted', 'quiff', 'curls', 'bob', 'long', 'bun']
 
@@ -87,18 +87,19 @@ def _hair_shape(p, d):
     p.update(hair_shade=d.normal(), volume=d.between(), part=d.between(-.6, .6))
 
 def _hair_colour(p, d):
-    often = d.mix(np.array([.34, .30, .2, .08, .08]), np.array([.24, .25, .11, .32, .08]))
-    p['hair'], p['grey'] = float(d.r.choice(5, p=often)), 0.
+    easy, real = np.array([(.34, .30, .2, .08, .08), (.24, .25, .11, .32, .08)])
+    p['hair'], p['grey'] = float(d.r.choice(5, p=d.mix(easy, real))), 0.
     if _in_family(p): p['grey'] = float(np.clip((p['years'] - 45) / 15, 0, 1))
     elif p['years'] > 47 and d.chance(.5, .2): p['grey'] = 1.
 
-# %% ../nbs/api/portraits.ipynb #f3372cf0
+# %% ../nbs/api/portraits.ipynb #339e727e
 def _hair_cut(p, d):
     cuts, often = [2, 4, 5, 6, 7], [.1, .15, .27, .33, .15]
     if p['male']: cuts, often = [1, 2, 3, 4], [.22, .38, .25, .15]
     p['cut'] = float(d.r.choice(cuts, p=often))
     old = p['years'] > 47
-    if p['male'] and _grown(p) and d.chance(*((.2, .15) if old else (.07, .04))): p['cut'] = 0.
+    bald = (.2, .15) if old else (.07, .04)
+    if p['male'] and _grown(p) and d.chance(*bald): p['cut'] = 0.
     if _in_family(p) and p['years'] < 5: p['cut'] = float(d.r.choice([0, 1]))
     wave, curls = d.between(), p['cut'] == 4
     p['wavy'] = float(wave < d.mix(.4, .26) or curls)
@@ -159,7 +160,7 @@ def draw_person(
                   _beard_growth, _moles_thrown, _habits): throw(p, d)
     return {k: float(v) for k, v in p.items()}
 
-# %% ../nbs/api/portraits.ipynb #41c87a0e
+# %% ../nbs/api/portraits.ipynb #a5d42257
 AGEING = """years dress cut grey receding bags double_chin shadow goatee moustache beard
 sideburns p_glasses p_makeup p_lipstick p_earrings p_necklace p_tie""".split()
 
@@ -170,9 +171,10 @@ def at_age(
 ) -> dict:                  # person latent
     "A person at another age: what does not age is that of the same person at forty."
     p = draw_person(seed, index, age_group, likeness)
-    return (draw_person(seed, index, 4, likeness) | {k: p[k] for k in AGEING}) if likeness else p
+    if not likeness: return p
+    return draw_person(seed, index, 4, likeness) | {k: p[k] for k in AGEING}
 
-# %% ../nbs/api/portraits.ipynb #ead97868
+# %% ../nbs/api/portraits.ipynb #fedbd72d
 def _pose_and_light(d):
     U, N, mix = d.between, d.normal, d.mix
     return dict(dx=mix(.04, .06) * N(), dy=mix(.03, .05) * N(), roll=mix(5, 8) * N(),
@@ -183,6 +185,7 @@ def _pose_and_light(d):
                 wall=U(), wall2=U(), wall_light=U(.55, .95), shirt=U(),
                 shirt_light=U(.25, .9), hat_hue=U(), decor=d.r.integers(4))
 
+# %% ../nbs/api/portraits.ipynb #48b3c96d
 def draw_photo(
     seed: int,    # seed of the data set
     index: int,   # which person
@@ -914,7 +917,7 @@ def visible_attributes(
     seen |= _seen_of_the_photo(q) | _attractive(p, q)
     return np.array([bool(seen[a]) for a in ATTRIBUTES], np.int8)
 
-# %% ../nbs/api/portraits.ipynb #3b2525a9
+# %% ../nbs/api/portraits.ipynb #12e9cab4
 # The attributes on which two annotators of a real face most readily disagree.
 SUBJECTIVE = """Arched_Eyebrows Attractive Bags_Under_Eyes Big_Lips Big_Nose
 Bushy_Eyebrows Chubby Double_Chin High_Cheekbones Narrow_Eyes Oval_Face Pale_Skin
@@ -923,10 +926,11 @@ Brown_Hair""".split()
 
 @lru_cache
 def label_statistics() -> pd.DataFrame:  # [40]: share, same_person, strangers, guessed
-    "CelebA-HQ's labels: shares, agreement of two images; and what drawings need for it."
+    "CelebA-HQ's labels: shares, agreement of two images; what drawings need for it."
     file = files('oneshui') / 'assets/celebahq_labels.csv'
     return pd.read_csv(str(file), index_col='attribute').loc[ATTRIBUTES]
 
+# %% ../nbs/api/portraits.ipynb #21c4617d
 def annotate_attributes(
     visible: np.ndarray,   # int8 [n, 40]: what the n portraits of one person show
     seed: int,             # seed of the data set
@@ -957,7 +961,7 @@ def annotate_age(
     r = np.random.default_rng([seed, 98, index])
     return int((group + r.integers(1, 8)) % 8) if r.random() < opinion else group
 
-# %% ../nbs/api/portraits.ipynb #ab4195fb
+# %% ../nbs/api/portraits.ipynb #0edbe2de
 AGE_SHARES = np.array([.22, .20, .17, .13, .14, .07, .04, .02]) / .99   # of MUFAC
 STRETCH, LOOKS = .45, .04   # so that two photographs agree as often as MUFAC's
 
@@ -976,14 +980,15 @@ def family_ages(
 ) -> tuple:              # filed, drawn: age groups of all images, person after person
     "People age through an album, and look younger or older than they are."
     r = np.random.default_rng([seed, 96])
-    z, looks = norm.ppf((groups + r.random(len(groups))) / 8), r.normal(size=len(groups))
-    who, luck = np.repeat(np.arange(len(groups)), counts), r.normal(size=(2, counts.sum()))
+    n, who = len(groups), np.repeat(np.arange(len(groups)), counts)
+    z, looks = norm.ppf((groups + r.random(n)) / 8)[who], r.normal(size=n)[who]
+    luck = r.normal(size=(2, len(who)))
     mixed = lambda share, a, b: np.sqrt(share) * a + np.sqrt(1 - share) * b
-    age = mixed(1 - likeness * (1 - STRETCH), z[who], luck[0])
-    seen = mixed(1 - 2 * likeness * LOOKS, age, mixed(.5, looks[who], luck[1]))
+    age = mixed(1 - likeness * (1 - STRETCH), z, luck[0])
+    seen = mixed(1 - 2 * likeness * LOOKS, age, mixed(.5, looks, luck[1]))
     return age_groups(age, likeness), age_groups(seen, likeness)
 
-# %% ../nbs/api/portraits.ipynb #54055021
+# %% ../nbs/api/portraits.ipynb #242422d8
 # How many people have 1, 2, … 11 images in CelebA-HQ; 590 have more, 28 at the most.
 _HQ_COUNTS = [1701, 952, 677, 489, 414, 349, 289, 222, 202, 156, 176]
 
@@ -994,8 +999,10 @@ def how_often(
     "CelebA is told by its mean of 20 only, so that 10 to 30 are as frequent."
     if dataset == 'mufac': return .733 ** n
     if dataset == 'celeba': return np.ones(len(n))
-    return np.where(n > 11, 132 * .78 ** (n - 12.), np.take(_HQ_COUNTS, n - 1, mode='clip'))
+    few = np.take(_HQ_COUNTS, n - 1, mode='clip')
+    return np.where(n > 11, 132 * .78 ** (n - 12.), few)
 
+# %% ../nbs/api/portraits.ipynb #65b23046
 class Crowd(NamedTuple):
     "People of one data set, with so many portraits each."
     dataset: str
@@ -1012,6 +1019,7 @@ class Crowd(NamedTuple):
         p = how_often(self.dataset, n)
         return r.choice(n, self.people, p=p / p.sum())
 
+# %% ../nbs/api/portraits.ipynb #4e863e59
 class Drawing(NamedTuple):
     "How they are drawn."
     size: int     # edge in pixels
@@ -1087,7 +1095,7 @@ def _family_albums(crowd, r):
             rows.append(_Row(_placed(r), i, f, p, 'abcdefgh'[age], file))
     return rows, drawn.tolist()
 
-# %% ../nbs/api/portraits.ipynb #abbecb75
+# %% ../nbs/api/portraits.ipynb #6e5d7141
 def _married(root, rows, crowd, r):
     # copies: the same people in another family, image by image
     family, copies = _families(crowd.people), []
@@ -1101,11 +1109,13 @@ def _married(root, rows, crowd, r):
 
 def _image(root, x): return root / f'{x.part}_images' / x.file
 
+# %% ../nbs/api/portraits.ipynb #9d728e0b
 def _write_mufac(root, crowd, drawing):
     for part in ('train', 'val', 'test'): (root / f'{part}_images').mkdir(parents=True)
     r = np.random.default_rng([crowd.seed, 3])
     rows, groups = _family_albums(crowd, r)
-    jobs = [(_image(root, x), drawing.size, crowd.seed, x.who, number, group, crowd.likeness)
+    how = drawing.size, crowd.seed
+    jobs = [(_image(root, x), *how, x.who, number, group, crowd.likeness)
             for x, number, group in zip(rows, _numbered(crowd.counts()), groups)]
     _draw_all(jobs, drawing.n_jobs, f'drawing {root.name}')
     rows += _married(root, rows, crowd, r)

@@ -39,7 +39,7 @@ from .vit import ImageSet, ModelSpec, SupportSet, TrainSpec
 from .vit import create_model, fit, predict, support_set
 _all_ = ['check_parameters', 'out_folder', 'published_folder']
 
-# %% ../nbs/api/runs.ipynb #fc451edf
+# %% ../nbs/api/runs.ipynb #ce590112
 class Seeds(Spec):
     "Where a run's chance comes from."
     request: int     # who asks, which portrait they hand in, who is held out
@@ -53,9 +53,9 @@ def seeds_of(
     if isinstance(seed, Seeds): return seed
     return Seeds(request=seed, training=seed, unlearning=seed)
 
-# %% ../nbs/api/runs.ipynb #3e10e799
 TRAININGS = ('pretrain', 'retrain')
 
+# %% ../nbs/api/runs.ipynb #769ec678
 class RunSpec(Spec):
     "What determines a run."
     dataset: str
@@ -784,7 +784,7 @@ def open_store(
         data = write_portraits(root / 'data', **preset.portraits, n_jobs=p.n_jobs)
     return RunStore(p.store or root / 'runs', Path(data).resolve())
 
-# %% ../nbs/api/runs.ipynb #af499c81
+# %% ../nbs/api/runs.ipynb #8d3746f0
 GRIDS = {   # method -> setting -> values; nine candidates for each method
     'neggrad': dict(lr=(.003, .01, .03, .1, .3, .8, 2., 5., 12.)),
     'ssd': dict(dampening=(.1, .5, 1.), selection=(10., 50., 250.)),
@@ -808,7 +808,8 @@ def on_edge(
     settings: dict, grid: dict,
 ) -> bool:
     "Does a number stand at an end of its axis? The best may then lie outside."
-    axes = {k: v for k, v in grid.items() if len(v) > 1 and not isinstance(v[0], (str, dict))}
+    numbers = lambda v: all(isinstance(x, (int, float)) for x in v)
+    axes = {k: v for k, v in grid.items() if len(v) > 1 and numbers(v)}
     return any(settings[k] in (min(v), max(v)) for k, v in axes.items())
 
 # %% ../nbs/api/runs.ipynb #0f13f970
@@ -837,13 +838,13 @@ def try_settings(
         return np.mean([found[s.digest] for s in mine]), sum(cost)
     return {key: judged(mine) for key, mine in specs.items()}
 
-# %% ../nbs/api/runs.ipynb #be24ccde
+# %% ../nbs/api/runs.ipynb #07c8fd49
 def tune(
     store: RunStore, preset: Preset,
     datasets: list, grids: dict = GRIDS,  # method -> setting -> values
     n_jobs: int = 2,
 ) -> pd.DataFrame:   # dataset, method, hyper, tow, seconds, requests, chosen, edge
-    "Every candidate's ToW on the tuning requests, the best marked. Raises `PresetError`."
+    "Each candidate's ToW on the tuning requests, one chosen. Raises `PresetError`."
     seed = preset.tuning_seed
     if seed is None or seed in preset.seeds:
         raise PresetError(f'preset {preset.name}: tuning_seed = {seed} is reported.')
