@@ -728,7 +728,7 @@ def make_runs(
     broken = _stage(store, judged, _judge, 'measuring', n_jobs)
     if broken: raise StoreError('\n'.join(broken[:5]))
 
-# %% ../nbs/api/runs.ipynb #42070532
+# %% ../nbs/api/runs.ipynb #f6828274
 def run_grid(
     store: RunStore, preset: Preset,
     datasets: list, seeds: list,
@@ -737,7 +737,7 @@ def run_grid(
 ) -> pd.DataFrame:  # tidy: dataset, n_forget, seed, request, method, metric, value
     "All runs of a grid as one table. Raises `StoreError` after the others are stored."
     cells = [(d, n) for d in datasets for n in preset.cell(d).n_forget]
-    asked = [(*c, k, r) for c in cells for k in seeds for r in range(preset.requests)]
+    asked = [(*c, k, r) for c in cells for k in seeds for r in preset.numbers]
     grid = {(d, n, k, r, m): store.spec(preset, d, n, k, m, number=r)
             for d, n, k, r in asked for m in methods or method_rows()}
     make_runs(store, list(grid.values()), n_jobs)
