@@ -45,7 +45,7 @@ export: $(READY) ## notebooks -> oneshui/
 readme: $(READY) ## nbs/index.ipynb -> README.md
 	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=remove-input --output-dir . --output README.md nbs/index.ipynb
 
-API_FIRST = core metrics readers portraits attacks presets runs intervals results tables experiments questions
+API_FIRST = core metrics readers portraits attacks oracles presets runs intervals results tables experiments audits probes questions
 BOOK      = $(API_FIRST:%=api/%) 00_data_splits 01_vit_finetuning 02_baselines 03_metaunlearn 04_a100_training 05_tables $(EVALUATION) $(METASTEP) api/explore index
 notebooks: $(READY) ## execute all notebooks in place at their defaults, then clean them
 	@for n in $(BOOK); do \

@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / 'figures/published/rooms.svg'
 # A room uses only rooms above it. A new module takes its place here.
 ROOMS = ('core metrics data readers portraits vit methods metaunlearn metastep attacks '
-         'presets runs intervals results tables experiments '
-         'questions scale explore').split()
+         'oracles presets runs intervals results tables experiments '
+         'audits probes questions scale explore').split()
 
 
 def sources():

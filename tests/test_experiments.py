@@ -6,12 +6,12 @@ import pandas as pd
 import pytest
 
 from oneshui.core import StoreError
-from oneshui.experiments import Asked, Experiment, cells_of, grid, on_edge
+from oneshui.experiments import Asked, Experiment, cells_of, edges_of, grid
 from oneshui.experiments import requests_of, search_cost, tuned_table, variants
 from oneshui.intervals import compare_arms, t_interval
 from oneshui.methods import METHODS, method, one_shot
-from oneshui.questions import ONE_SEED, PORTRAITS, attack_runs, in_turn
-from oneshui.questions import portrait_choices, portrait_similarity, power
+from oneshui.questions import PORTRAITS, in_turn
+from oneshui.questions import portrait_choices, portrait_similarity
 from oneshui.questions import prepared_otherwise
 from oneshui.questions import progress_by_bin, single_hyper, split_request, thinned
 from oneshui.questions import with_portrait
@@ -221,24 +221,6 @@ def test_progress_is_zero_for_pretrain_and_one_for_retrain():
     assert np.allclose(half.progress[:2], .5) and half.people[0] <= 50
 
 
-def test_attacks_do_not_choose_on_what_they_report(shared, smoke):
-    specs = {('mufac', 3, k, m): shared.spec(smoke, 'mufac', 3, k, m)
-             for k in (0, 1) for m in ('pretrain', 'retrain')}
-    make_runs(shared, list(specs.values()), 1)
-    t, scores = attack_runs(shared, specs, 1, released=True)
-    attacks = {'rmia', 'rmia_best', 'rmia_released', 'lira'}
-    assert set(t.attack) == attacks and len(t) == 16
-    assert set(scores) == {(key, a) for key in specs for a in attacks}
-    setting = t.set_index(['seed', 'method', 'attack']).setting
-    other = power(shared.metric(specs['mufac', 3, 1, 'pretrain'], 'rmia_scores'))
-    assert other[setting[0, 'pretrain', 'rmia']] == other.max(), "seed 1's best"
-    own = power(shared.metric(specs['mufac', 3, 0, 'pretrain'], 'rmia_scores'))
-    assert own[setting[0, 'pretrain', 'rmia_best']] == own.max()
-    one, _ = attack_runs(shared, {k: s for k, s in specs.items() if k[2] == 0}, 1)
-    assert set(one[one.attack == 'rmia'].setting) == {ONE_SEED}
-    assert 'lira' not in set(one.attack)
-
-
 # Tables 1–3, and fresh beside published
 
 @pytest.fixture(scope='module')
@@ -306,19 +288,19 @@ def test_captions_say_how_many_and_what_was_corrected(results):
 
 def test_choices_on_the_edge_of_their_grid_are_marked(results):
     tried = pd.DataFrame([
-        dict(dataset='celeba', n_forget=5, method=m, hyper=f'{{"lr": {x}}}', tow=t,
+        dict(dataset='celeba', method=m, hyper=f'{{"lr": {x}}}', tow=t,
              requests=4, chosen=x == best, edge=x != 2, seconds=30)
         for m, best in (('ssd', 2), ('pgu', 3))
         for x, t in ((1, 70), (2, 72), (3, 74))])
-    edge = on_edge(tried)
-    assert edge == {('celeba', 5, 'pgu')}
+    edge = edges_of(tried)
+    assert edge == {('celeba', 'pgu')}
     rows = list(score_table(results, 'celeba', 5, edge).method)
     assert sum('‡' in r for r in rows) == 1 and f'{title_of("pgu")} ‡' in rows
     cost = search_cost(tried).set_index('method')
     assert tuple(cost.loc['SSD']) == (3, 12, 1.5, 0) and cost['on the edge']['PGU'] == 1
-    assert list(tuned_table(tried, 'celeba')['N_S = 5']) == ['lr 2', 'lr 3 ‡']
+    assert list(tuned_table(tried).celeba) == ['lr 2', 'lr 3 ‡']
     nothing = tried[:0]
-    assert not on_edge(nothing) and search_cost(nothing).empty
+    assert not edges_of(nothing) and search_cost(nothing).empty
 
 
 def test_single_requests_are_drawn_by_training(scores):
