@@ -106,7 +106,7 @@ class Experiment:
         e.found = scores
         return e
 
-# %% ../nbs/api/experiments.ipynb #4eb3e66f
+# %% ../nbs/api/experiments.ipynb #9a7e6b2b
 def keys_of(
     label: str, s: RunSpec,
 ) -> tuple:  # label, method, dataset, n_forget, seed, request
@@ -126,6 +126,7 @@ def answers(self: Experiment) -> dict:  # place in `asked` -> scores
         known |= zip(mine, measure(self.store, fn, jobs, fn.__name__, self.n_jobs))
     return known
 
+# %% ../nbs/api/experiments.ipynb #cbf080d0
 @patch
 def run(self: Experiment) -> Experiment:
     "Make the runs that are missing, with what they depend on; then ask."
