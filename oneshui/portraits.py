@@ -1002,7 +1002,7 @@ def how_often(
     few = np.take(_HQ_COUNTS, n - 1, mode='clip')
     return np.where(n > 11, 132 * .78 ** (n - 12.), few)
 
-# %% ../nbs/api/portraits.ipynb #65b23046
+# %% ../nbs/api/portraits.ipynb #d12172da
 class Crowd(NamedTuple):
     "People of one data set, with so many portraits each."
     dataset: str
@@ -1013,10 +1013,9 @@ class Crowd(NamedTuple):
     likeness: float = 1.
 
     def counts(self) -> np.ndarray:   # int [people]
-        r = np.random.default_rng([self.seed, 1])
-        if not self.likeness: return r.integers(self.fewest, self.most + 1, self.people)
         n = np.arange(self.fewest, self.most + 1)
         p = how_often(self.dataset, n)
+        r = np.random.default_rng([self.seed, 1])
         return r.choice(n, self.people, p=p / p.sum())
 
 # %% ../nbs/api/portraits.ipynb #4e863e59

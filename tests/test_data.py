@@ -339,6 +339,28 @@ def test_one_person_needs_more_than_five_images():
     assert len(make_request(rich, 1, 0).forget) == 5
 
 
+def test_requests_that_share_a_training_ask_of_different_people():
+    faces = toy(np.repeat(np.arange(60), np.arange(60) % 9 + 1))
+    asked = [make_request(faces, n, 3, (1, 4), requests=3, number=k)
+             for k in range(3) for n in (1, 4)]
+    for r in asked: assert np.array_equal(r.train, asked[0].train), 'one Pretrain'
+    large = asked[1::2]
+    people = np.concatenate([r.forget_identities for r in large])
+    assert len(np.unique(people)) == 12, 'nobody asks twice'
+    portraits = np.concatenate([r.support for r in large])
+    for r in asked:
+        assert not np.isin(portraits, r.train).any(), 'no portrait is trained on'
+        others = np.setdiff1d(people, r.forget_identities)
+        assert set(others) <= set(faces.identity[r.retain]), 'who does not ask stays'
+    for small, r in zip(asked[::2], large):
+        assert small.forget_identities[0] == r.forget_identities[0]
+        assert faces.count[small.forget_identities[0]] > 5
+    with pytest.raises(DataError, match='requests count from 0'):
+        make_request(faces, 4, 3, requests=3, number=3)
+    with pytest.raises(DataError, match='20 requests of N_S = 4 people cannot'):
+        make_request(faces, 4, 3, requests=20)
+
+
 def test_too_few_people_are_named():
     faces = toy(np.repeat(np.arange(10), 5))
     with pytest.raises(DataError, match='N_S = 50 people cannot be drawn: 6 of the 6'):

@@ -1,6 +1,7 @@
 """The run store: nothing is lost, made twice, or read that was not written."""
 
 import importlib
+import json
 import multiprocessing
 import os
 import shutil
@@ -9,6 +10,7 @@ import sys
 import textwrap
 import warnings
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -30,6 +32,8 @@ from oneshui.runs import (
     measure,
     question,
     run_grid,
+    tune,
+    tuning_requests,
 )
 
 
@@ -209,6 +213,30 @@ def test_one_pretrain_serves_every_request_size(shared, smoke):
         forget == [len(shared.request(s).forget) for s in (a, b)]
         and forget[0] < forget[1]
     )
+
+
+def test_requests_of_a_seed_share_training_and_preparation(store, smoke):
+    both = smoke.model_copy(update=dict(requests=2))
+    ask = lambda m: [store.spec(both, 'mufac', 2, 0, m, number=k) for k in (0, 1)]
+    make_runs(store, ask('ssd'), 1)
+    for one, other in (ask('pretrain'), [store.related(s, 'prepared') for s in ask('ssd')]):
+        assert store.folder(one) == store.folder(other)
+    for m in ('retrain', 'ssd'):
+        one, other = ask(m)
+        assert store.folder(one) != store.folder(other)
+        assert not np.intersect1d(store.request(one).forget, store.request(other).forget).size
+    one, other = (store.metric(s, 'scores') for s in ask('pretrain'))
+    assert one['forget_loss'] != other['forget_loss'], 'one model, two requests'
+    alone = store.spec(smoke, 'mufac', 2, 0, 'pretrain')
+    assert store.folder(alone) != store.folder(ask('pretrain')[0]), 'other portraits'
+
+
+def test_a_quick_part_is_a_part():
+    p, quick = check_parameters(dict(preset='mini'))
+    q, full = check_parameters(dict(preset='mini', full=True))
+    assert set(p.seeds) < set(q.seeds) and set(quick.numbers) < set(full.numbers)
+    spec = lambda P: P.model_copy(update=dict(asked=None))
+    assert spec(quick) == spec(full), 'the same runs'
 
 
 def test_a_second_retrain_is_independent(shared, smoke):
@@ -466,8 +494,24 @@ def test_presets_have_settings_for_every_method(name):
                 preset.hyper(d, m, n)
 
 
+def test_tuning_judges_every_candidate_on_the_same_requests(store, smoke):
+    both = smoke.model_copy(update=dict(requests=2))
+    assert tuning_requests(both, 'mufac') == [(2, 0), (3, 1)]
+    grid = dict(lr=(.01, .05, 1e30))
+    t = tune(store, both, ['mufac'], dict(neggrad=grid, jit=dict(lr=(.01,), sigma=(.5,))), 1)
+    assert t.requests.eq(2).all() and t.groupby('method').chosen.sum().eq(1).all()
+    lr = {json.loads(h)['lr']: row for h, *row in
+          t[t.method == 'neggrad'][['hyper', 'tow', 'edge', 'chosen']].values}
+    assert [lr[x][1] for x in (.01, .05, 1e30)] == [True, False, True], 'ends of the grid'
+    mine = [store.spec(both, 'mufac', n, 100, 'neggrad', dict(lr=.05), number=k)
+            for n, k in tuning_requests(both, 'mufac')]
+    assert lr[.05][0] == pytest.approx(np.mean([store.metric(s, 'tow')['tow'] for s in mine]))
+    with pytest.raises(PresetError, match='is reported'):
+        tune(store, smoke.model_copy(update=dict(seeds=[100])), ['mufac'], {})
+
+
 def test_a_grid_is_tidy(shared, smoke):
     t = run_grid(shared, smoke, ['mufac'], [0], ['pretrain', 'retrain'], 1)
-    assert not t.duplicated(['dataset', 'n_forget', 'seed', 'method', 'metric']).any()
+    assert not t.duplicated(['dataset', 'n_forget', 'seed', 'request', 'method', 'metric']).any()
     assert {'retain', 'forget', 'val', 'test', 'tow', 'mia', 'seconds'} <= set(t.metric)
     assert pd.api.types.is_numeric_dtype(t.value) and set(t.n_forget) == {2, 3}
