@@ -219,12 +219,14 @@ def test_requests_of_a_seed_share_training_and_preparation(store, smoke):
     both = smoke.model_copy(update=dict(requests=2))
     ask = lambda m: [store.spec(both, 'mufac', 2, 0, m, number=k) for k in (0, 1)]
     make_runs(store, ask('ssd'), 1)
-    for one, other in (ask('pretrain'), [store.related(s, 'prepared') for s in ask('ssd')]):
+    prepared = [store.related(s, 'prepared') for s in ask('ssd')]
+    for one, other in (ask('pretrain'), prepared):
         assert store.folder(one) == store.folder(other)
     for m in ('retrain', 'ssd'):
         one, other = ask(m)
         assert store.folder(one) != store.folder(other)
-        assert not np.intersect1d(store.request(one).forget, store.request(other).forget).size
+        a, b = (store.request(s).forget for s in (one, other))
+        assert not np.intersect1d(a, b).size
     one, other = (store.metric(s, 'scores') for s in ask('pretrain'))
     assert one['forget_loss'] != other['forget_loss'], 'one model, two requests'
     alone = store.spec(smoke, 'mufac', 2, 0, 'pretrain')
@@ -497,15 +499,16 @@ def test_presets_have_settings_for_every_method(name):
 def test_tuning_judges_every_candidate_on_the_same_requests(store, smoke):
     both = smoke.model_copy(update=dict(requests=2))
     assert tuning_requests(both, 'mufac') == [(2, 0), (3, 1)]
-    grid = dict(lr=(.01, .05, 1e30))
-    t = tune(store, both, ['mufac'], dict(neggrad=grid, jit=dict(lr=(.01,), sigma=(.5,))), 1)
+    grids = dict(neggrad=dict(lr=(.01, .05, 1e30)), jit=dict(lr=(.01,), sigma=(.5,)))
+    t = tune(store, both, ['mufac'], grids, 1)
     assert t.requests.eq(2).all() and t.groupby('method').chosen.sum().eq(1).all()
-    lr = {json.loads(h)['lr']: row for h, *row in
-          t[t.method == 'neggrad'][['hyper', 'tow', 'edge', 'chosen']].values}
-    assert [lr[x][1] for x in (.01, .05, 1e30)] == [True, False, True], 'ends of the grid'
-    mine = [store.spec(both, 'mufac', n, 100, 'neggrad', dict(lr=.05), number=k)
+    t = t[t.method == 'neggrad'].set_index('hyper')
+    assert t.edge.tolist() == [True, False, True], 'the ends of the grid'
+    middle = dict(lr=.05)
+    mine = [store.spec(both, 'mufac', n, 100, 'neggrad', middle, number=k)
             for n, k in tuning_requests(both, 'mufac')]
-    assert lr[.05][0] == pytest.approx(np.mean([store.metric(s, 'tow')['tow'] for s in mine]))
+    tow = np.mean([store.metric(s, 'tow')['tow'] for s in mine])
+    assert t.tow[json.dumps(middle)] == pytest.approx(tow)
     with pytest.raises(PresetError, match='is reported'):
         tune(store, smoke.model_copy(update=dict(seeds=[100])), ['mufac'], {})
 
