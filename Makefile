@@ -7,7 +7,7 @@ BIN     = $(VENV)/bin
 READY   = $(VENV)/.ready
 export PYTHONWARNINGS = ignore::FutureWarning
 
-.PHONY: help setup reproduce evaluate metastep test notebooks export readme docs test-browser lab benchmark clean
+.PHONY: help setup reproduce evaluate metastep published test notebooks export readme docs test-browser lab benchmark clean
 help:            ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
 
@@ -24,13 +24,16 @@ setup: $(READY) ## the virtual environment
 EVALUATION = 06_figures 07_attacks 08_ablations 09_robustness 10_similarity 11_released_code
 METASTEP   = 12_metastep 13_metastep_results
 reproduce: CHAPTERS = 05_tables
-reproduce:       ## Tables 1-3 on the embedded portraits, into figures/mini/, and how far they are from the published ones (PRESET=smoke|mini|paper, ARGS='-p data_dir /data')
+reproduce:       ## Tables 1-3 on the embedded portraits in a quarter of an hour, into figures/mini/, beside the published ones (PRESET=smoke|mini|paper, ARGS='-p data_dir /data')
 evaluate: CHAPTERS = $(EVALUATION)
 evaluate:        ## the rest of the evaluation, on the runs of `make reproduce`: figures, attacks, ablations, robustness, similarity
 metastep: CHAPTERS = $(METASTEP)
-metastep:        ## our own method against the others over five seeds, on the same runs
+metastep:        ## our own method against the others, on the same runs
+published: CHAPTERS = 05_tables $(EVALUATION) $(METASTEP)
+published: ARGS += -p full true -p out_dir figures/published/$(PRESET)
+published:       ## what is committed in figures/published/: all trainings and requests of the preset; hours, resumes after a stop
 PAPERMILL = $(BIN)/papermill --no-progress-bar -k python3
-reproduce evaluate metastep: $(READY)
+reproduce evaluate metastep published: $(READY)
 	@mkdir -p build
 	@for n in $(CHAPTERS); do echo "== $$n (preset $(PRESET)); finished runs are read from runs/"; \
 	  ONESHUI_PROGRESS=text $(PAPERMILL) --log-output nbs/$$n.ipynb build/$$n.ipynb -p preset $(PRESET) $(ARGS) || exit 1; done

@@ -515,6 +515,7 @@ def test_tuning_judges_every_candidate_on_the_same_requests(store, smoke):
 
 def test_a_grid_is_tidy(shared, smoke):
     t = run_grid(shared, smoke, ['mufac'], [0], ['pretrain', 'retrain'], 1)
-    assert not t.duplicated(['dataset', 'n_forget', 'seed', 'request', 'method', 'metric']).any()
+    keys = ['dataset', 'n_forget', 'seed', 'request', 'method', 'metric']
+    assert not t.duplicated(keys).any()
     assert {'retain', 'forget', 'val', 'test', 'tow', 'mia', 'seconds'} <= set(t.metric)
     assert pd.api.types.is_numeric_dtype(t.value) and set(t.n_forget) == {2, 3}
