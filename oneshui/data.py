@@ -6,17 +6,18 @@
 __all__ = ['TRAIN', 'VAL', 'TEST', 'FaceTable', 'hash_table', 'hash_files', 'Faces', 'make_faces', 'ByPerson', 'by_person',
            'split_people', 'draw_askers', 'draw_support', 'divide', 'Partition', 'check_request', 'Request',
            'make_request', 'portrait', 'plot_request', 'ranges', 'simulate_requests', 'decode_all', 'Pixels',
-           'open_map']
+           'RoughPixels', 'open_map']
 
-# %% ../nbs/00_data_splits.ipynb #d6895a64
+# %% ../nbs/00_data_splits.ipynb #c4c966e6
 import hashlib, json, os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np, pandas as pd, torch
+import torch.nn.functional as F
 from fastcore.basics import patch
 from filelock import FileLock
 from PIL import Image
@@ -431,6 +432,17 @@ class Pixels(torch.utils.data.Dataset):
         if self.map is not None: return torch.from_numpy(self.map[np.asarray(idx)])
         some = [portrait(self.faces, int(i), self.size) for i in idx]
         return torch.from_numpy(np.stack(some)).permute(0, 3, 1, 2).contiguous()
+
+# %% ../nbs/00_data_splits.ipynb #6d7846cb
+class RoughPixels(Pixels):
+    "Reduced without antialiasing, each time anew: what the released code tests on."
+    def __init__(self, faces: Faces, size: int): super().__init__(faces, size, None)
+
+    def batch(self, idx: np.ndarray) -> torch.Tensor:  # float [b, 3, size, size], 0…255
+        "Several images at the model's input size, without augmentation."
+        whole = [torch.from_numpy(portrait(self.faces, int(i)).copy()) for i in idx]
+        reduce = partial(F.interpolate, size=[self.size] * 2, mode='bilinear')
+        return torch.cat([reduce(x.permute(2, 0, 1)[None].float()) for x in whole])
 
 # %% ../nbs/00_data_splits.ipynb #90299c83
 def open_map(

@@ -8,7 +8,8 @@ __all__ = ['EDGES', 'Weight', 'GRID', 'FACTORS', 'Sizes', 'Loss', 'Taken', 'Step
            'expected_error', 'Known', 'Simulation', 'Alignment', 'ForgetAndKeep', 'Scrub', 'KeepTask', 'MetaLearner',
            'own_answer', 'fixed_learner', 'find_start', 'value', 'calibrate', 'strangers_score', 'simulated_tow',
            'short_form', 'long_form', 'one_of', 'One', 'PerTensor', 'PerBand', 'Task', 'Learned', 'Corrected',
-           'metaunlearn_prepare', 'learned_state', 'metaunlearn', 'named_support', 'metastep_prepare', 'metastep']
+           'outside_layers', 'metaunlearn_prepare', 'learned_state', 'metaunlearn', 'named_support', 'metastep_prepare',
+           'metastep']
 
 # %% ../nbs/12_metastep.ipynb #a8f8bbf9
 import math
@@ -91,13 +92,17 @@ def length(
                        'so there is no direction to step in. Look at the portraits, '
                        'and at what the model says of them.')
 
-# %% ../nbs/12_metastep.ipynb #5ce69188
+# %% ../nbs/12_metastep.ipynb #1239c95a
 class FixedSize(nn.Module):
-    "H = η, chosen by hand."
-    def __init__(self, eta: float): super().__init__(); self.eta = eta
-    def forward(self, u: dict): return {k: self.eta * t for k, t in u.items()}
-    def back(self, v: dict): return v, self.eta   # a number can be multiplied last
+    "H = η, chosen by hand; 0 for parameters that are held."
+    def __init__(self, eta: float, held: list | tuple = ()):   # names
+        super().__init__(); self.eta, self.held = eta, set(held)
+    def free(self, u: dict): return {k: t * (k not in self.held) for k, t in u.items()}
+    def forward(self, u: dict):
+        return {k: self.eta * t for k, t in self.free(u).items()}
+    def back(self, v: dict): return self.free(v), self.eta   # η is multiplied last
 
+# %% ../nbs/12_metastep.ipynb #967ff3e9
 class OneSize(nn.Module):
     "H_ψ = ‖θ‖ exp ψ₀."
     def __init__(self, model: nn.Module):
@@ -468,17 +473,18 @@ def own_answer(
     with torch.no_grad(): logits = model(x)
     return (logits > 0).to(y.dtype) if y.is_floating_point() else logits.argmax(1)
 
-# %% ../nbs/12_metastep.ipynb #23ffaf5d
+# %% ../nbs/12_metastep.ipynb #45b45d90
 def fixed_learner(
     sim: Simulation,
     M: nn.Module,      # h_φ
     objective: Spec,
     eta: float, lr: float, epochs: int,
+    held: list | tuple = (),  # names of parameters that are not stepped
 ) -> MetaLearner:
     "MetaUnlearn: a raw step of one fixed size, along a loss that is learned."
     M = M.to(device_of(sim.model))
     opt = torch.optim.Adam(M.parameters(), lr, amsgrad=True)
-    step = Step(sim.model, M, FixedSize(eta), unit=False)
+    step = Step(sim.model, M, FixedSize(eta, held), unit=False)
     return MetaLearner(sim, step, objective, opt, epochs)
 
 # %% ../nbs/12_metastep.ipynb #25487712
@@ -609,7 +615,16 @@ class Corrected(Learned):
 
 Sizes, Loss = one_of(PerBand, PerTensor, One), one_of(Task, Corrected, Learned)
 
-# %% ../nbs/12_metastep.ipynb #c1fb8c53
+# %% ../nbs/12_metastep.ipynb #d61b0d31
+def outside_layers(
+    model: nn.Module,
+) -> list:   # names of parameters
+    "What belongs to a module that has parts: a ViT's class token, position embedding."
+    whole = {k: m for k, m in model.named_modules() if any(m.children())}
+    return [f'{k}.{name}'.lstrip('.') for k, m in whole.items()
+            for name, _ in m.named_parameters(recurse=False)]
+
+# %% ../nbs/12_metastep.ipynb #ef53ba2a
 def metaunlearn_prepare(model, train, val, *,
     simulated_size: Count,     # people in a simulated request; a run fills in its N_S
     eta: Rate,                 # η of the simulated step
@@ -623,14 +638,16 @@ def metaunlearn_prepare(model, train, val, *,
     objective: one_of(Alignment, Scrub, ForgetAndKeep) = Alignment(),  # A
     retain_step: bool = False, # learn a second step too, which repairs
     precision: Precision = 'fp32',  # of A
+    tokens: bool = True,       # step what lies outside the layers too
 ):
     "φ, learned on simulated requests (Algorithm 1). Raises `NumbersError`."
     how = simulated_size, batch_size, singles, precision
     sim = Simulation(model, train, val, *how)
     shape, rates = (*shape_of(model, val), len(sim.people)), (eta, lr, epochs)
     new = lambda: MetaLoss(*shape, inputs, hidden, dropout)
-    learner = fixed_learner(sim, new(), objective, *rates)
-    if retain_step: learner.retain = fixed_learner(sim, new(), KeepTask(), *rates)
+    held = () if tokens else outside_layers(model)
+    learner = fixed_learner(sim, new(), objective, *rates, held)
+    if retain_step: learner.retain = fixed_learner(sim, new(), KeepTask(), *rates, held)
     return learned_state(learner.fit(sim.epochs(epochs)))
 
 # %% ../nbs/12_metastep.ipynb #c467a602
@@ -643,22 +660,24 @@ def learned_state(
     seen = dict(identities=torch.from_numpy(learner.sim.people))
     return stored(**losses) | seen | learner.record()
 
-# %% ../nbs/12_metastep.ipynb #91a064ed
+# %% ../nbs/12_metastep.ipynb #c666345f
 @method('MetaUnlearn', source='De Min et al., TMLR 2025', colour='#56b4e9',
         prepare=metaunlearn_prepare, version=2,
-        released=dict(singles='reuse', precision='bf16'))
+        released=dict(singles='reuse', precision='bf16', tokens=False))
 def metaunlearn(model, support, state, *,
     eta: Rate, inputs: Inputs = INPUTS, hidden: Count = 512, dropout: Share = .5,
     steps: Count = 1,          # with the same h_φ, from where the last one arrived
     retain_step: bool = False, # one step with the second loss afterwards
+    tokens: bool = True,       # step what lies outside the layers too
 ):
     "θ_u = θ − η ∇_θ M(θ, φ): one step on S."
     S, θ = named_support(model, support, state, inputs), parameters_of(model)
     shape = *shape_of(model, support), len(state['identities'])
+    size = FixedSize(eta, () if tokens else outside_layers(model))
     for name in 'h' * steps + 'r' * retain_step:
         h = restored(MetaLoss(*shape, inputs, hidden, dropout), state, name)
         h.to(device_of(model))
-        θ = Step(model, h, FixedSize(eta), unit=False)(θ, S).θ_u
+        θ = Step(model, h, size, unit=False)(θ, S).θ_u
     model.load_state_dict(θ, strict=False)
     return model
 

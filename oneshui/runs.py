@@ -6,7 +6,7 @@
 __all__ = ['TRAININGS', 'SETS', 'GRIDS', 'Seeds', 'seeds_of', 'RunSpec', 'code_of', 'changed_code', 'StaleRun', 'warn_if_stale',
            'RunStore', 'Run', 'Made', 'train_run', 'prepare_run', 'unlearn_run', 'maker_of', 'write_run', 'check_runs',
            'check_folder', 'code_behind', 'check_answer', 'accept', 'main', 'make_runs', 'run_grid', 'question',
-           'measure', 'open_store', 'candidates', 'on_edge', 'tuning_requests', 'try_settings', 'tune',
+           'measure', 'open_store', 'candidates', 'on_edge', 'tuning_requests', 'try_settings', 'tune', 'with_settings',
            'check_parameters', 'out_folder', 'published_folder']
 
 # %% ../nbs/api/runs.ipynb #d121a51c
@@ -24,11 +24,11 @@ from filelock import FileLock
 from joblib import Parallel, delayed
 from safetensors.torch import load_file, save_file
 
-# %% ../nbs/api/runs.ipynb #b2c0a0d0
+# %% ../nbs/api/runs.ipynb #aa751996
 from .attacks import augmented_logits
 from .core import PresetError, Spec, StoreError, digest, progress, project_root
 from .core import write_atomically
-from .data import Faces, Pixels, Request, make_request
+from .data import Faces, Pixels, Request, RoughPixels, make_request, portrait
 from .methods import METHODS, method_rows
 from .metrics import METRICS, Outputs
 from .presets import Parameters, Preset, for_request
@@ -173,7 +173,7 @@ def warn_if_stale(
                   f'since: {shown}. If numbers should differ, raise the version '
                   'declared there. `oneshui runs check` lists them all.', StaleRun, 3)
 
-# %% ../nbs/api/runs.ipynb #80b1fa6e
+# %% ../nbs/api/runs.ipynb #37d5f80b
 class RunStore:
     "Runs on disk, made when they are asked for."
     def __init__(self,
@@ -181,7 +181,7 @@ class RunStore:
         data_dir: str | Path,   # folder with the data sets
     ):
         self.root, self.data_dir = Path(root), Path(data_dir)
-        self._faces = {}
+        self._faces, self.released = {}, False
 
     def faces(self, dataset: str) -> Faces:
         "A data set, read once."
@@ -189,9 +189,12 @@ class RunStore:
             self._faces[dataset] = read_faces(dataset, self.data_dir)
         return self._faces[dataset]
 
-    def pixels(self, dataset: str, size: int) -> Pixels:
+    def pixels(self, dataset: str, size: int, antialias: bool = True) -> Pixels:
         "Its images at an edge of `size` pixels."
-        return Pixels(self.faces(dataset), size, self.root / 'cache')
+        faces = self.faces(dataset)
+        if not antialias and len(portrait(faces, 0)) > size:
+            return RoughPixels(faces, size)   # there is something to reduce
+        return Pixels(faces, size, self.root / 'cache')
 
 # %% ../nbs/api/runs.ipynb #2d4d75fa
 @patch
@@ -277,7 +280,7 @@ def has(self: RunStore, s: RunSpec) -> bool:
     "Is it made?"
     return (self.folder(s) / 'manifest.json').exists()
 
-# %% ../nbs/api/runs.ipynb #e59b739b
+# %% ../nbs/api/runs.ipynb #b0e0b90d
 SETS = ('support', 'forget', 'retain', 'val', 'test')
 
 @patch
@@ -291,7 +294,8 @@ def sets(self: RunStore,
     s: RunSpec,
 ) -> dict:  # train, support, retain, forget, val, test -> ImageSet
     "The images of a run's request."
-    r, pixels = self.request(s), self.pixels(s.dataset, s.model.image_size)
+    r, m = self.request(s), s.model
+    pixels = self.pixels(s.dataset, m.image_size, m.antialias)
     return {d: ImageSet(pixels, getattr(r, d)) for d in ('train', *SETS)}
 
 # %% ../nbs/api/runs.ipynb #2bdc3b6f
@@ -536,7 +540,7 @@ def cached(self: RunStore,
     warn_if_stale(f.name, kept['code'], code_of(*code))
     return kept['value']
 
-# %% ../nbs/api/runs.ipynb #2bdf1337
+# %% ../nbs/api/runs.ipynb #2d24a88f
 @patch
 def metric(self: RunStore,
     s: RunSpec,
@@ -559,6 +563,8 @@ def metrics(self: RunStore,
     "Every declared metric that needs no views, and the seconds that the run took."
     plain = [m.name for m in METRICS.load().values() if not m.views]
     found = {k: v for name in plain for k, v in self.metric(s, name).items()}
+    if self.released:   # mia is what the authors' code would call so
+        found |= {k: found[f'released_{k}'] for k in found if f'released_{k}' in found}
     return {k: v for k, v in found.items() if np.isscalar(v)} | self.get(s).seconds
 
 # %% ../nbs/api/runs.ipynb #0085d44b
@@ -773,7 +779,7 @@ def measure(
     asked = [delayed(_answer)(fresh, fn, s, o) for s, o in jobs]
     return _in_parallel(asked, n_jobs, label)
 
-# %% ../nbs/api/runs.ipynb #fb585088
+# %% ../nbs/api/runs.ipynb #94f4029f
 def open_store(
     p: Parameters,   # from `check_parameters`
     preset: Preset,  # "
@@ -782,7 +788,9 @@ def open_store(
     root, data = project_root(), p.data_dir
     if data is None:
         data = write_portraits(root / 'data', **preset.portraits, n_jobs=p.n_jobs)
-    return RunStore(p.store or root / 'runs', Path(data).resolve())
+    store = RunStore(p.store or root / 'runs', Path(data).resolve())
+    store.released = p.released
+    return store
 
 # %% ../nbs/api/runs.ipynb #8d3746f0
 GRIDS = {   # method -> setting -> values; nine candidates for each method
@@ -859,3 +867,16 @@ def tune(
     t = pd.DataFrame(rows)
     best = t.fillna({'tow': -1.}).groupby(['dataset', 'method']).tow.idxmax()
     return t.assign(chosen=t.index.isin(best))
+
+# %% ../nbs/api/runs.ipynb #4f2c2f8a
+def with_settings(
+    preset: Preset,
+    tuned: pd.DataFrame,  # from `tune`
+) -> Preset:
+    "The preset with the settings that were chosen, for every request size."
+    cells = dict(preset.cells)
+    for r in tuned[tuned.chosen].itertuples():
+        cell, settings = cells[r.dataset], json.loads(r.hyper)
+        mine = {r.method: {n: settings for n in cell.n_forget}}
+        cells[r.dataset] = cell.model_copy(update=dict(methods=cell.methods | mine))
+    return preset.model_copy(update=dict(cells=cells))

@@ -29,15 +29,17 @@ from .core import precision, progress, speed_up, write_atomically
 from .data import Pixels
 from .metrics import score, task_loss
 
-# %% ../nbs/01_vit_finetuning.ipynb #8064abf8
+# %% ../nbs/01_vit_finetuning.ipynb #f2806433
 class ModelSpec(Spec):
     "The network: a timm architecture, its input size and where its weights come from."
-    arch: str = 'vit_base_patch16_224'  # timm's name
+    released: ClassVar[dict] = dict(antialias=False)   # what the authors' code has
+    arch: str = 'vit_base_patch16_224'  # timm's name, or resnet18
     image_size: int = 224               # input edge in pixels
     weights: str = 'timm'               # timm | mini | none, or a .safetensors file
     options: dict = {}                  # more for timm.create_model, e.g. depth
+    antialias: bool = Field(True, exclude_if=bool)     # where test images are reduced
 
-# %% ../nbs/01_vit_finetuning.ipynb #f7c6d8cd
+# %% ../nbs/01_vit_finetuning.ipynb #49641b45
 def create_model(
     spec: ModelSpec,
     n_classes: int,   # outputs of the new head
@@ -45,9 +47,11 @@ def create_model(
 ) -> nn.Module:       # a timm ViT in eval mode on the default device
     "The pre-trained network with a fresh head. Raises `PresetError`."
     torch.manual_seed(seed)
+    fixed = getattr(timm.get_pretrained_cfg(spec.arch), 'fixed_input_size', True)
+    size = dict(img_size=spec.image_size) if fixed else {}   # a ResNet takes any
     try:
         model = timm.create_model(spec.arch, pretrained=spec.weights == 'timm',
-            num_classes=n_classes, img_size=spec.image_size, **spec.options)
+                                  num_classes=n_classes, **size, **spec.options)
     except (OSError, RuntimeError, TypeError) as e: raise _not_built(spec, e) from e
     if spec.weights not in ('timm', 'none'): load_backbone(model, spec)
     return model.to(default_device()).eval()
@@ -61,7 +65,7 @@ def _not_built(spec, e):
         f'({type(e).__name__}: {str(e)[:120]}). Go online once, or give model.weights '
         'the path of a .safetensors file.')
 
-# %% ../nbs/01_vit_finetuning.ipynb #6b02b81f
+# %% ../nbs/01_vit_finetuning.ipynb #649e020e
 def load_backbone(
     model: nn.Module,  # its weights are replaced, except the head's
     spec: ModelSpec,   # weights: 'mini', or a .safetensors file
@@ -72,7 +76,7 @@ def load_backbone(
     if not path.is_file():
         raise PresetError(f'{path}: no such weights file. model.weights is timm, mini, '
                           'none, or an existing .safetensors file.')
-    body = lambda names: [k for k in names if not k.startswith('head')]
+    body = lambda names: [k for k in names if not k.startswith(('head', 'fc.'))]
     try:
         tensors = load_file(path)
         kept = {k: tensors[k].float() for k in body(tensors)}
@@ -84,16 +88,16 @@ def load_backbone(
         raise PresetError(f'{path}: does not fit {spec.arch} with {spec.options}: '
             f'{wrong[:3]}. Change model.arch and model.options to those of the file.')
 
-# %% ../nbs/01_vit_finetuning.ipynb #083f2e3b
+# %% ../nbs/01_vit_finetuning.ipynb #af0fb657
 def logits_and_cls(
-    model: nn.Module,  # a timm ViT: forward_features gives tokens [n, t, d], CLS first
+    model: nn.Module,  # of timm; a ViT's tokens are [n, t, d], CLS first
     x: torch.Tensor,   # [n, 3, h, w]
-) -> tuple:            # logits [n, c], CLS [n, d]; d = 0 if the network has no tokens
-    "What MetaUnlearn reads of a sample."
-    tokens = model.forward_features(x) if hasattr(model, 'forward_features') else x
-    if tokens.ndim == 3: return model.forward_head(tokens), tokens[:, 0]
-    logits = model(x)
-    return logits, logits[:, :0]
+) -> tuple:            # logits [n, c], CLS [n, d]; a ResNet's pooled map; else d = 0
+    "What MetaUnlearn reads of a sample: the logits, and what the head makes them of."
+    if not hasattr(model, 'forward_features'): return (lo := model(x)), lo[:, :0]
+    seen = model.forward_features(x)
+    cls = seen[:, 0] if seen.ndim == 3 else model.forward_head(seen, pre_logits=True)
+    return model.forward_head(seen), cls
 
 # %% ../nbs/01_vit_finetuning.ipynb #b744cd93
 def count_parameters(
@@ -240,10 +244,11 @@ def support_set(
     images = ImageSet(pixels, idx)
     return SupportSet(*images.tensors(), images.identity.copy())
 
-# %% ../nbs/01_vit_finetuning.ipynb #2c836410
+# %% ../nbs/01_vit_finetuning.ipynb #00a1623d
 class TrainSpec(Spec):
     "The fine-tuning recipe (paper §5.1, and the released code where it is silent)."
     version: ClassVar[int] = 1          # raised when a recipe gives other weights
+    released: ClassVar[dict] = dict(schedule='released')   # what the authors' code has
     epochs: int = Field(30, ge=1)
     batch_size: int = Field(32, ge=1)
     lr: float = Field(1e-3, gt=0)       # the highest one, at the end of warm-up
