@@ -7,7 +7,7 @@ BIN     = $(VENV)/bin
 READY   = $(VENV)/.ready
 export PYTHONWARNINGS = ignore::FutureWarning
 
-.PHONY: help setup reproduce evaluate metastep published test notebooks export readme docs test-browser lab benchmark clean
+.PHONY: help setup reproduce evaluate metastep published tune test notebooks export readme docs test-browser lab benchmark clean
 help:            ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
 
@@ -39,6 +39,9 @@ reproduce evaluate metastep published: $(READY)
 	  ONESHUI_PROGRESS=text $(PAPERMILL) --log-output nbs/$$n.ipynb build/$$n.ipynb -p preset $(PRESET) $(ARGS) || exit 1; done
 	@echo "== done: see figures/$(PRESET)/ and the executed notebooks in build/"
 
+tune: $(READY)   ## search every method's settings on the tuning requests of PRESET, into figures/published/$(PRESET)/tuning.csv; an hour
+	ONESHUI_PROGRESS=text $(PAPERMILL) nbs/api/tuning.ipynb build/tuning.ipynb -p preset $(PRESET) -p methods None -p datasets None -p out_dir figures/published/$(PRESET)
+
 test: $(READY)   ## export, README and notebooks in sync; unit tests; every notebook at preset smoke
 	ONESHUI_PROGRESS=off $(BIN)/python -m pytest -q tests
 
@@ -48,7 +51,7 @@ export: $(READY) ## notebooks -> oneshui/
 readme: $(READY) ## nbs/index.ipynb -> README.md
 	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=remove-input --output-dir . --output README.md nbs/index.ipynb
 
-API_FIRST = core metrics readers portraits attacks oracles presets runs intervals results tables experiments audits probes questions
+API_FIRST = core metrics readers portraits attacks oracles presets runs intervals results tables experiments tuning audits probes questions
 BOOK      = $(API_FIRST:%=api/%) 00_data_splits 01_vit_finetuning 02_baselines 03_metaunlearn 04_a100_training 05_tables $(EVALUATION) $(METASTEP) api/explore index
 notebooks: $(READY) ## execute all notebooks in place at their defaults, then clean them
 	@for n in $(BOOK); do \

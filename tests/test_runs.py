@@ -32,9 +32,8 @@ from oneshui.runs import (
     measure,
     question,
     run_grid,
-    tune,
-    tuning_requests,
 )
+from oneshui.tuning import tune, tuning_requests
 
 
 @pytest.fixture
