@@ -64,7 +64,7 @@ def relearning_runs(
     return pd.concat([pd.DataFrame(t).assign(**run_names(*run)) for run, t in each],
                      ignore_index=True)
 
-# %% ../nbs/api/probes.ipynb #3370bbe3
+# %% ../nbs/api/probes.ipynb #33b9e6ec
 def outputs_at(
     store: RunStore,
     s: RunSpec,
@@ -75,19 +75,20 @@ def outputs_at(
     attributes = store.faces(s.dataset).targets.dtype.kind == 'f'
     return (z if attributes else z.log_softmax(1)).numpy().astype(float)
 
+@question(version=1)
 def nearness(
     store: RunStore,
-    s: RunSpec,       # made already
-) -> pd.DataFrame:    # person, nearness: one row for each image of D_f
+    s: RunSpec,
+) -> dict:            # person, nearness: a number for each image of D_f
     "Is the output nearer to Retrain's (1) or to Pretrain's (−1) of another training?"
     r, faces = store.request(s), store.faces(s.dataset)
     ends = [trained_anew(store.related(s, w))[0] for w in ('pretrain', 'retrain')]
     z, before, never = (outputs_at(store, x, r.forget) for x in (s, *ends))
     d_before, d_never = (np.linalg.norm(z - x, axis=1) for x in (before, never))
     near = (d_before - d_never) / np.maximum(d_before + d_never, 1e-12)
-    return pd.DataFrame(dict(person=faces.identity[r.forget], nearness=near))
+    return dict(person=faces.identity[r.forget].tolist(), nearness=near.tolist())
 
-# %% ../nbs/api/probes.ipynb #829a0e9e
+# %% ../nbs/api/probes.ipynb #645d452b
 def three_sample(
     t: pd.DataFrame,  # from `nearness`
     boot: int = 1000, level: float = .95, seed: int = 0,
@@ -108,29 +109,36 @@ def three_sample_runs(
     need = {x.digest: x for s in specs.values() for w in ('pretrain', 'retrain')
             for x in trained_anew(store.related(s, w))}
     make_runs(store, list(need.values()), n_jobs, judge=False)
-    return pd.DataFrame([run_names(key, s) | three_sample(nearness(store, s))
-                         for key, s in specs.items()])
+    jobs = [(s, {}) for s in specs.values()]
+    found = measure(store, nearness, jobs, 'nearness', n_jobs)
+    return pd.DataFrame([run_names(key, s) | three_sample(pd.DataFrame(near))
+                         for (key, s), near in zip(specs.items(), found)])
 
-# %% ../nbs/api/probes.ipynb #e3ef079f
+# %% ../nbs/api/probes.ipynb #7851cf1f
+@question(version=1)
 def losses_of_people(
     store: RunStore,
     s: RunSpec,
-) -> pd.DataFrame:  # person, images, loss, pretrain, retrain, retrain_again
+) -> dict:   # person, images, loss, pretrain, retrain, retrain_again: lists
     "Mean loss on each person's images of D_f, under the run and under the trainings."
     r, first = store.request(s), first_training(s)
-    runs = {w: store.related(first, w) for w in ('pretrain', 'retrain', 'retrain_again')}
-    runs = dict(loss=s) | runs
+    trained = ('pretrain', 'retrain', 'retrain_again')
+    runs = dict(loss=s) | {w: store.related(first, w) for w in trained}
     t = pd.DataFrame({w: losses_at(store, x, r.forget) for w, x in runs.items()})
     each = t.groupby(store.faces(s.dataset).identity[r.forget])
-    return each.mean().assign(images=each.size()).rename_axis('person').reset_index()
+    t = each.mean().assign(images=each.size()).rename_axis('person').reset_index()
+    return t.to_dict('list')
 
 def people_of(
     store: RunStore,
     specs: dict,    # (dataset, n_forget, …, method) -> RunSpec
+    n_jobs: int = 2,
 ) -> pd.DataFrame:  # one row for each run and person
     "`losses_of_people` for many runs."
-    return pd.concat([losses_of_people(store, s).assign(**run_names(key, s))
-                      for key, s in specs.items()], ignore_index=True)
+    jobs = [(s, {}) for s in specs.values()]
+    each = zip(specs.items(), measure(store, losses_of_people, jobs, 'people', n_jobs))
+    return pd.concat([pd.DataFrame(t).assign(**run_names(*run)) for run, t in each],
+                     ignore_index=True)
 
 # %% ../nbs/api/probes.ipynb #b6522c2d
 WHO = ['dataset', 'n_forget', 'seed', 'request', 'person']   # of one request

@@ -6,7 +6,8 @@ import pytest
 from oneshui.attacks import auc_of_scales, rmia_against
 from oneshui.audits import (
     FIXED, attack_runs, confidences_at, first_training, known_to, losses_at, offline_scale,
-    oracle_runs, references_of, rmia_independent, strongest, trained_anew, two_kinds)
+    oracle_runs, partner, references_of, rmia_independent, strongest, trained_anew,
+    two_kinds)
 from oneshui.probes import (
     WHO, nearness, outputs_at, people_of, relearning_runs, remembered, three_sample,
     three_sample_runs)
@@ -75,10 +76,9 @@ def test_trained_anew_is_another_training_of_the_same_request(shared, specs):
 
 def test_who_plays_the_target_has_learned_and_the_references_have_not(shared, specs, two):
     s = specs['mufac', 2, 0, 1, 'neggrad']
-    following = s.model_copy(update=dict(number=0))
-    assert following == specs['mufac', 2, 0, 0, 'neggrad']
+    assert partner(s) == specs['mufac', 2, 0, 0, 'neggrad']
     for kind in ('twin', 'independent'):
-        player, = references_of(shared, following, kind)
+        player, = references_of(shared, partner(s), kind)
         assert np.isin(shared.request(s).forget, shared.request(player).retain).all()
         assert 0 <= float(offline_scale(shared, s, kind)) <= 1
     alone = shared.spec(two.model_copy(update=dict(requests=1)), 'mufac', 2, 0, 'neggrad')
@@ -88,7 +88,9 @@ def test_who_plays_the_target_has_learned_and_the_references_have_not(shared, sp
 def test_table_of_attacks(shared, specs, attacked):
     t, scores = attacked
     attacks = {'rmia', 'rmia_independent', 'rmia_best', 'rmia_released', 'lira'}
-    assert set(t.attack) == attacks and len(t) == 5 * len(specs) == len(scores)
+    counts = t.attack.value_counts()   # LiRA's few references may know too little
+    assert set(t.attack) == attacks and counts.drop('lira').eq(len(specs)).all()
+    assert len(scores) == len(t)
     assert list(t.columns[:5]) == ['dataset', 'n_forget', 'seed', 'request', 'method']
     assert set(t.method) == set(ROWS) and set(t.request) == {0, 1}
     bounds = t[['tpr_low', 'tpr', 'tpr_high', 'auc_low', 'auc', 'auc_high']]
@@ -172,8 +174,8 @@ def test_the_three_samples_are_of_another_training(shared, one):
     assert ends[1] == one['mufac', 2, 0, 0, 'retrain_again']
     d = [np.linalg.norm(outputs_at(shared, s, rows) - outputs_at(shared, x, rows), axis=1)
          for x in ends]
-    assert nearness(shared, s).nearness.to_numpy() == pytest.approx(
-        (d[0] - d[1]) / (d[0] + d[1]))
+    by_hand = (d[0] - d[1]) / (d[0] + d[1])
+    assert nearness(shared, s)['nearness'] == pytest.approx(by_hand)
     assert np.exp(outputs_at(shared, s, rows)).sum(1) == pytest.approx(1), 'classes'
     t = three_sample_runs(shared, one, 1)
     assert t.nearness.between(-1, 1).all() and (t.low <= t.high).all()
@@ -189,7 +191,7 @@ def test_three_samples_at_both_ends():
 
 
 def test_people_are_counted_against_a_second_retrain(shared, one):
-    t = remembered(people_of(shared, one))
+    t = remembered(people_of(shared, one, 1))
     s = one['mufac', 2, 0, 0, 'neggrad']
     asked = shared.request(s).forget_identities
     assert len(t) == len(asked) * len(one) and set(t.person) == set(asked)
