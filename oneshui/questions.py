@@ -8,7 +8,7 @@ __all__ = ['PORTRAITS', 'judged', 'unlearned', 'in_turn', 'split_request', 'sing
            'plot_progress', 'portrait_choices', 'with_portrait', 'prepared_otherwise', 'prepared_without_the_forgotten',
            'thinned', 'prepared_with_single_images', 'scaled_as_released']
 
-# %% ../nbs/api/questions.ipynb #35f78069
+# %% ../nbs/api/questions.ipynb #948254fd
 import math
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from torchvision.transforms import v2
@@ -20,7 +20,7 @@ from .presets import Preset, for_request
 from .readers import read_faces
 from .results import MARKS, SCORES
 from .results import colour_of, figure_style, side_legend, title_of
-from .runs import RunSpec, RunStore, make_runs, measure, question
+from .runs import RunSpec, RunStore, measure, question
 from .vit import ImageSet, create_model, logits_and_cls, normalise
 from .vit import predict, support_set
 

@@ -7,8 +7,8 @@ from torch import nn
 
 from oneshui.attacks import (
     OFFLINE_A, RMIA_GRID, attack_summary, auc_of_scales, augmented_logits,
-    augmented_losses, clopper_pearson, confidence, lira, log_ratio, loss_mia, lowest_fpr,
-    mia, rmia, rmia_against, rmia_scales, rmia_scores, roc)
+    augmented_losses, clopper_pearson, confidence, lira, log_ratio, loss_mia,
+    lowest_fpr, mia, rmia, rmia_against, rmia_scales, rmia_scores, roc)
 from oneshui.core import DataError, PresetError
 from oneshui.data import Pixels, make_request
 from oneshui.metrics import METRICS, Outputs, task_loss
@@ -120,10 +120,10 @@ def test_clopper_and_pearson_by_hand():
         none, every = clopper_pearson(0, n), clopper_pearson(n, n)
         assert none == pytest.approx((0, 1 - .025 ** (1 / n)))
         assert every == pytest.approx((.025 ** (1 / n), 1))
-    low, high = clopper_pearson(3, 10)   # 3 and more of 10 at `low`, 3 and less at `high`
-    rng = np.random.default_rng(0)
-    assert (rng.binomial(10, low, 200_000) >= 3).mean() == pytest.approx(.025, abs=.002)
-    assert (rng.binomial(10, high, 200_000) <= 3).mean() == pytest.approx(.025, abs=.002)
+    low, high = clopper_pearson(3, 10)   # one sees 3 and more in 2.5 %, one 3 and less
+    hits = lambda rate: np.random.default_rng(0).binomial(10, rate, 200_000)
+    assert (hits(low) >= 3).mean() == pytest.approx(.025, abs=.002)
+    assert (hits(high) <= 3).mean() == pytest.approx(.025, abs=.002)
 
 
 def test_bounds_of_the_tpr_count_people():
@@ -191,8 +191,8 @@ def test_lira_by_hand():
         lira(np.array([4.]), φ, was, 'in')
 
 
-# Cases of tensorflow/privacy (advanced_mia_test.py): four images, shadows −1 and 1; 0 and
-# 2; 0 and 20; none. Theirs is log Pr(out) − log Pr(in), small for members; and −log Pr(in).
+# Cases of tensorflow/privacy (advanced_mia_test.py): four images, shadows −1 and 1; 0
+# and 2; 0 and 20; none. Theirs is log Pr(out) − log Pr(in), small for members.
 TARGET = np.array([1., 0, 0, 0])
 SHADOWS = np.array([[-1., 0, 0, np.nan], [1, 2, 20, np.nan]])
 EACH = np.array([1.41893853, 1.41893853, 3.72152363, 2.72537178])
@@ -207,7 +207,7 @@ def test_lira_on_published_cases(pooled, case):
     with pytest.raises(DataError, match='not'): lira(TARGET, SHADOWS, ~never, 'out')
     both = np.concatenate([SHADOWS, -SHADOWS])
     was = np.repeat([True, False], 2)[:, None] & np.ones((1, 4), bool)
-    # in and out mirror each other; without shadows the mean of the others: 11/3 and −11/3
+    # in and out mirror each other; without shadows the mean of the others, ± 11/3
     assert np.allclose(lira(TARGET, both, was, 'both', pooled, ddof=0)[1:], 0)
 
 
@@ -334,7 +334,8 @@ def test_klom_by_hand_and_at_its_ends():
 def test_all_measures_of_many_models_order_alike():
     found = [against_oracles(draw(64, μ, 8), draw(64, 0, 8, 1)) for μ in (0, 1, 4)]
     assert set(found[0]) == {'epsilon', 'quality', 'klom', 'klom_95'}
-    for k in ('epsilon', 'klom', 'klom_95'): assert found[0][k] < found[1][k] < found[2][k]
+    for k in ('epsilon', 'klom', 'klom_95'):
+        assert found[0][k] < found[1][k] < found[2][k]
     assert found[0]['quality'] > found[2]['quality']
 
 

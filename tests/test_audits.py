@@ -1,13 +1,13 @@
-"""Which models an attacker owns, what they have learned, and probes held to both ends."""
+"""Which models an attacker owns, what they have learned; probes held to both ends."""
 import numpy as np
 import pandas as pd
 import pytest
 
 from oneshui.attacks import auc_of_scales, rmia_against
 from oneshui.audits import (
-    FIXED, attack_runs, confidences_at, first_training, known_to, losses_at, offline_scale,
-    oracle_runs, partner, references_of, rmia_independent, strongest, trained_anew,
-    two_kinds)
+    FIXED, attack_runs, confidences_at, first_training, known_to, losses_at,
+    offline_scale, oracle_runs, partner, references_of, rmia_independent, strongest,
+    trained_anew, two_kinds)
 from oneshui.probes import (
     WHO, nearness, outputs_at, people_of, relearning_runs, remembered, three_sample,
     three_sample_runs)
@@ -74,14 +74,15 @@ def test_trained_anew_is_another_training_of_the_same_request(shared, specs):
     assert first_training(again) == shared.related(s, 'retrain')
 
 
-def test_who_plays_the_target_has_learned_and_the_references_have_not(shared, specs, two):
+def test_who_plays_the_target_has_learned_it(shared, specs, two):
     s = specs['mufac', 2, 0, 1, 'neggrad']
     assert partner(s) == specs['mufac', 2, 0, 0, 'neggrad']
     for kind in ('twin', 'independent'):
         player, = references_of(shared, partner(s), kind)
         assert np.isin(shared.request(s).forget, shared.request(player).retain).all()
         assert 0 <= float(offline_scale(shared, s, kind)) <= 1
-    alone = shared.spec(two.model_copy(update=dict(requests=1)), 'mufac', 2, 0, 'neggrad')
+    single = two.model_copy(update=dict(requests=1))
+    alone = shared.spec(single, 'mufac', 2, 0, 'neggrad')
     assert offline_scale(shared, alone, 'twin') == FIXED
 
 
@@ -135,7 +136,8 @@ def test_oracles_and_what_forgot(shared, one):
     s = one['mufac', 2, 0, 0, 'neggrad']
     forgot, never = two_kinds(shared, s, 3)
     assert [x.seeds.training for x in forgot] == [x.seeds.training for x in never]
-    assert {x.method for x in never} == {'retrain'} and {x.number for x in forgot} == {0}
+    assert {x.method for x in never} == {'retrain'}
+    assert {x.number for x in forgot} == {0}
     others, same = two_kinds(shared, one['mufac', 2, 0, 0, 'retrain'], 3)
     assert same == never and not {x.digest for x in others} & {x.digest for x in same}
     few = {k: x for k, x in one.items() if k[-1] in ('retrain', 'neggrad')}
@@ -172,8 +174,8 @@ def test_the_three_samples_are_of_another_training(shared, one):
     make_runs(shared, ends, 1)
     rows = shared.request(s).forget
     assert ends[1] == one['mufac', 2, 0, 0, 'retrain_again']
-    d = [np.linalg.norm(outputs_at(shared, s, rows) - outputs_at(shared, x, rows), axis=1)
-         for x in ends]
+    z, *others = (outputs_at(shared, x, rows) for x in (s, *ends))
+    d = [np.linalg.norm(z - other, axis=1) for other in others]
     by_hand = (d[0] - d[1]) / (d[0] + d[1])
     assert nearness(shared, s)['nearness'] == pytest.approx(by_hand)
     assert np.exp(outputs_at(shared, s, rows)).sum(1) == pytest.approx(1), 'classes'
