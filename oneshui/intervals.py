@@ -146,7 +146,7 @@ def replicates(
     t = t if 'request' in t else t.assign(request=0)
     return t.set_index([c for c in REPLICATE if c in t])[value].dropna()
 
-# %% ../nbs/api/intervals.ipynb #a33acc4e
+# %% ../nbs/api/intervals.ipynb #e40ea8ea
 def does_nothing(
     arm: pd.Series, pretrain: pd.Series,  # ToW, from `replicates`
 ) -> bool:
@@ -156,14 +156,16 @@ def does_nothing(
 
 def way_of(
     arms: dict,  # label -> values by replicate
-    label: str,
+    label: str, value: str,
 ) -> dict:       # share, share_low, share_high; {} where an end of the way is not known
     "How far an arm gets from Pretrain to the second Retrain."
     if not {'pretrain', 'retrain_again'} <= {*arms} or label == 'retrain': return {}
     gain, room = (arms[a] - arms['pretrain'] for a in (label, 'retrain_again'))
-    return dict(zip(('share', 'share_low', 'share_high'), share_of_the_way(gain, room)))
+    way = share_of_the_way(gain, room)
+    if value == 'tow' and not room.mean() > 0: way = math.nan, -math.inf, math.inf
+    return dict(zip(('share', 'share_low', 'share_high'), way))
 
-# %% ../nbs/api/intervals.ipynb #a0d71415
+# %% ../nbs/api/intervals.ipynb #14344e76
 def compared_row(
     t: pd.DataFrame,       # rows of one arm
     arms: dict,            # label -> values by replicate
@@ -178,7 +180,7 @@ def compared_row(
     away = arms[label] - arms[baseline] if paired else pd.Series(dtype=float)
     row['difference'], row['difference_half'], pairs = t_interval(away.dropna())
     row |= dict(n=pairs if paired else n, replicates=len(arms[label]))
-    return row | way_of(arms, label)
+    return row | way_of(arms, label, columns[-1])
 
 # %% ../nbs/api/intervals.ipynb #bb668baa
 def compare_arms(

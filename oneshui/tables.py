@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'ROUNDING', 'AMPLIFIES', 'as_scores', 'tidy', 'share_words', 'table_of', 'replicates_of', 'caption_of',
-           'sentences', 'score_numbers', 'highest', 'away_from_retrain', 'score_table', 'score_caption', 'rounding',
-           'read_results', 'both_results', 'compare_with_published', 'results_of', 'agrees', 'is_published',
-           'means_beside', 'report_published']
+           'sentences', 'score_numbers', 'highest', 'away_from_retrain', 'score_table', 'score_caption', 'side_of',
+           'what_it_says', 'rounding', 'read_results', 'both_results', 'compare_with_published', 'results_of', 'agrees',
+           'is_published', 'means_beside', 'report_published']
 
 # %% ../nbs/api/tables.ipynb #5517da79
 import math
@@ -41,16 +41,17 @@ def tidy(
     t = t.melt(keys, var_name='metric').dropna(subset='value')
     return t.sort_values([*keys, 'metric'], kind='stable', ignore_index=True)
 
-# %% ../nbs/api/tables.ipynb #8099a325
+# %% ../nbs/api/tables.ipynb #c12ff58b
 def share_words(
     share: float, low: float, high: float,  # from `share_of_the_way`
 ) -> str:
     "'34 % (10 to 55)'."
+    if math.isinf(low): return 'no room' if math.isnan(share) else 'no room for sure'
     if math.isnan(share): return ''
-    if math.isinf(low): return 'no room for sure'
+    percent = lambda x: f'{round(100 * x)}'   # no -0
     known = high > low   # not for one training, not for the ceiling itself
-    ends = f' ({100 * low:.0f} to {100 * high:.0f})' if known else ''
-    return f'{100 * share:.0f} %{ends}'
+    ends = f' ({percent(low)} to {percent(high)})' if known else ''
+    return f'{percent(share)} %{ends}'
 
 # %% ../nbs/api/tables.ipynb #54f35428
 def table_of(
@@ -182,6 +183,35 @@ def score_caption(
     if images: said.append(f'$\\mathcal{{D}}_f$: {images:.0f} images in the mean.')
     said.append('†: unlearns from $\\mathcal{D}_r$ and $\\mathcal{D}_f$.')
     return ' '.join([*said, '**Bold**: the highest one-shot ToW, beyond doubt.'])
+
+# %% ../nbs/api/tables.ipynb #4a1c3904
+def side_of(
+    verdict: str, difference: float,
+) -> str:
+    "On which side of doing nothing a row stands."
+    if verdict.startswith('excludes 0'): return 'better' if difference > 0 else 'worse'
+    known = [k for k in ('does nothing', 'within') if verdict.startswith(k)]
+    return known[0] if known else 'open'
+
+# %% ../nbs/api/tables.ipynb #8c7b3304
+def what_it_says(
+    results: pd.DataFrame,  # tidy
+) -> pd.DataFrame:          # of strings: data set, N_S, the highest, better, worse…
+    "Methods by what the verdict on their ToW beside Pretrain's is."
+    sides = {'better': 'better than doing nothing', 'worse': 'worse',
+             'open': 'undecided', 'within': 'as good as nothing',
+             'does nothing': 'does nothing'}
+    rows = []
+    for d in dict.fromkeys(results.dataset):
+        for n, t in score_numbers(results, d).groupby('n_forget'):
+            t = t[~t.label.isin([*TRAINED])]
+            where = [side_of(*x) for x in zip(t.verdict, t.difference)]
+            names = lambda side: ', '.join(title_of(a) for a, w in zip(t.label, where)
+                                           if w == side)
+            rows.append({'data set': d, 'N_S': str(n)}
+                        | {head: names(side) for side, head in sides.items()}
+                        | {'highest': title_of(highest(results, d, n) or 'open')})
+    return pd.DataFrame(rows)
 
 # %% ../nbs/api/tables.ipynb #9f9fd2fd
 ROUNDING = {'mia': 1.5, 'loss': .01}  # part of a metric's name -> what rounding can do

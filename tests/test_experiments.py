@@ -279,6 +279,8 @@ def test_captions_say_how_many_and_what_was_corrected(results):
     assert share_words(.341, .1, .55) == '34 % (10 to 55)'
     assert share_words(1, 1, 1) == '100 %' and share_words(np.nan, 0, 1) == ''
     assert share_words(.3, -np.inf, np.inf) == 'no room for sure'
+    assert share_words(np.nan, -np.inf, np.inf) == 'no room'
+    assert share_words(-.001, np.nan, np.nan) == '0 %'
     tow = results[results.metric == 'tow']
     tow = tow.rename(columns=dict(method='label', value='tow'))
     alone = compare_arms(tow, None, beside=())

@@ -178,6 +178,9 @@ def test_a_share_stands_between_pretrain_and_the_ceiling(scores):
     assert np.isnan(n.share['retrain']) and n.share['retrain_again'] == 1
     few = compare_arms(scores[scores.label != 'retrain_again'], 'pretrain')
     assert 'share' not in few
+    low = scores.assign(tow=scores.tow - 20 * (scores.label == 'retrain_again'))
+    n_low = compare_arms(low, 'pretrain').set_index('label')
+    assert np.isnan(n_low.share['pgu']) and np.isinf(n_low.share_low['pgu'])
     one = compare_arms(scores[scores.seed == 0], 'pretrain').set_index('label')
     assert np.isnan(one.share_low['pgu']) and one.verdict['pgu'] == 'one training'
 

@@ -28,7 +28,8 @@ def named(name, *extensions): return [f'{name}.{e}' for e in extensions]
 GROUPS = ('objective', 'inputs', 'distance', 'steps', 'requests')
 EVALUATION = {   # notebook -> files that it leaves
     '06_figures': ['split_celeba.png', 'split_celebahq.svg', 'split_mufac.png',
-                   *(f'{name}.svg' for name in ('scatter', 'tow', 'roc', 'similarity')),
+                   *(f'{name}.svg' for name in ('scatter', 'tow', 'trade', 'roc',
+                                                  'similarity')),
                    *named('meta_training', *PICTURE)],
     '07_attacks': [*named('attack_rmia', *TABLE), *named('attacks', 'csv', *PICTURE),
                    *named('attack_change', *TABLE, *PICTURE)],
@@ -102,10 +103,10 @@ def tables(tmp_path_factory):
 
 def test_tables_headless(tables):
     results = pd.read_csv(tables / 'figures/results.csv')
-    columns = ['dataset', 'n_forget', 'seed', 'method', 'metric', 'value']
+    columns = ['dataset', 'n_forget', 'seed', 'request', 'method', 'metric', 'value']
     assert list(results.columns) == columns and not results.value.isna().any()
     assert {'retain', 'forget', 'test', 'mia', 'tow', 'seconds'} <= set(results.metric)
-    assert set(results.method) == set(method_rows())
+    assert set(results.method) == {*method_rows(), 'retrain_again'}
     tow = results[results.metric == 'tow'].set_index('method').value
     # a request of the smoke preset may be too small for Pretrain to differ
     assert (tow['retrain'] == 100).all() and (tow['pretrain'] < 100).any()
