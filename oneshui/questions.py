@@ -5,17 +5,19 @@
 # %% auto #0
 __all__ = ['PORTRAITS', 'judged', 'unlearned', 'in_turn', 'split_request', 'single_hyper', 'features', 'portrait_similarity',
            'images_of', 'forgetting_by_image', 'in_bins', 'person_sums', 'progress_rows', 'progress_by_bin',
-           'plot_progress', 'portrait_choices', 'with_portrait', 'prepared_otherwise', 'prepared_without_the_forgotten',
-           'thinned', 'prepared_with_single_images', 'scaled_as_released']
+           'plot_progress', 'task_gradient', 'portrait_gradient', 'ascent_path', 'portrait_choices', 'with_portrait',
+           'prepared_otherwise', 'prepared_without_the_forgotten', 'thinned', 'prepared_with_single_images',
+           'scaled_as_released']
 
-# %% ../nbs/api/questions.ipynb #948254fd
+# %% ../nbs/api/questions.ipynb #2e84cab4
 import math
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
+import torch.nn.functional as F
 from torchvision.transforms import v2
 from .core import device_of
 from .data import portrait
 from .methods import METHODS
-from .metrics import score, tug_of_war
+from .metrics import score, task_loss, tug_of_war
 from .presets import Preset, for_request
 from .readers import read_faces
 from .results import MARKS, SCORES
@@ -224,6 +226,55 @@ def plot_progress(
     axes[0, 0].set_ylabel('progress from Pretrain (0) to Retrain (1)')
     side_legend(fig)
     return fig
+
+# %% ../nbs/api/questions.ipynb #1154c616
+def task_gradient(
+    model: torch.nn.Module,
+    images,                   # ImageSet or SupportSet
+    rows: np.ndarray | None,  # indices; None: all
+) -> torch.Tensor:            # [number of parameters]
+    "∂L_task/∂θ of some images, as one vector."
+    x, y = images.tensors(rows, device_of(model))
+    g = torch.autograd.grad(task_loss(model(x), y), list(model.parameters()))
+    return torch.cat([p.flatten() for p in g])
+
+# %% ../nbs/api/questions.ipynb #22f41c7d
+@question(version=1)
+def portrait_gradient(
+    store: RunStore,
+    s: RunSpec,         # any run of the request
+    most: int = 200,    # images of a group
+) -> dict:              # own, others, retain: mean cosine, −1…1
+    "Cosine of a portrait's gradient with that of the person's D_f, of others', of D_r."
+    D, model = store.sets(s), store.get(store.related(s, 'pretrain')).model()
+    rng, who, found = np.random.default_rng(0), D['forget'].identity, []
+    few = lambda rows: np.sort(rng.permutation(rows)[:most])
+    of = lambda d, rows: task_gradient(model, D[d], few(rows))
+    alike = lambda a, b: float(F.cosine_similarity(a, b, 0))
+    retain = of('retain', np.arange(len(D['retain'])))
+    for k, person in enumerate(D['support'].identity):
+        own, others = (of('forget', np.flatnonzero(m))
+                       for m in (who == person, who != person))
+        g, them = task_gradient(model, D['support'], [k]), (own, others, retain)
+        found.append([alike(g, v) for v in them])
+    return dict(zip(('own', 'others', 'retain'), np.mean(found, 0).round(5).tolist()))
+
+# %% ../nbs/api/questions.ipynb #2ad413bb
+@question(version=1)
+def ascent_path(
+    store: RunStore,
+    s: RunSpec,    # any run of the request
+    sizes: list,   # η of one ascent step on L_task(S), each from Pretrain
+) -> list:         # dicts: eta, retain, forget, test
+    "Where one step of each size leads: selective if D_f falls and D_r does not."
+    start, S = store.get(store.related(s, 'pretrain')).model(), store.sets(s)['support']
+    g, path = task_gradient(start, S, None), []
+    θ = torch.nn.utils.parameters_to_vector(start.parameters()).detach()
+    for η in sizes:
+        torch.nn.utils.vector_to_parameters(θ + η * g, start.parameters())
+        seen = judged(store, s, start)
+        path.append(dict(eta=η) | {d: seen[d] for d in SCORES})
+    return path
 
 # %% ../nbs/api/questions.ipynb #8ddb51a4
 PORTRAITS = ('handed in', 'any', 'typical', 'unusual')
