@@ -105,7 +105,7 @@ def write_table(
 ):
     "`out/name.csv`, `.md`, `.tex`."
     table.to_csv(out / f'{name}.csv', index=False, float_format='%.5g')
-    f = (table if formatted is None else formatted).astype(str)
+    f = (table if formatted is None else formatted).map(str)
     for style in ('md', 'tex'): (out / f'{name}.{style}').write_text(tabular(f, style))
 
 def save_figure(
