@@ -5,17 +5,19 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'ROUNDING', 'AMPLIFIES', 'as_scores', 'tidy', 'share_words', 'table_of', 'replicates_of', 'caption_of',
            'sentences', 'score_numbers', 'highest', 'away_from_retrain', 'score_table', 'score_caption', 'side_of',
-           'what_it_says', 'rounding', 'read_results', 'both_results', 'compare_with_published', 'results_of', 'agrees',
-           'is_published', 'means_beside', 'report_published']
+           'what_it_says', 'published_verdicts', 'rounding', 'read_results', 'both_results', 'compare_with_published',
+           'results_of', 'agrees', 'is_published', 'means_beside', 'report_published']
 
-# %% ../nbs/api/tables.ipynb #5517da79
+# %% ../nbs/api/tables.ipynb #a137e5a1
 import math
 from pathlib import Path
 import numpy as np, pandas as pd
+from IPython.display import Markdown
 from .intervals import CELL, REPLICATE, SCORES, compare_arms
 from .methods import METHODS, one_shot
 from .presets import published_folder
-from .results import HEADS, TRAINED, in_order, mean_pm, pm, title_of
+from .results import HEADS, TRAINED, in_order, mean_pm, pm, published
+from .results import tabular, title_of
 
 # %% ../nbs/api/tables.ipynb #b43d190b
 def as_scores(
@@ -212,6 +214,15 @@ def what_it_says(
                         | {head: names(side) for side, head in sides.items()}
                         | {'highest': title_of(highest(results, d, n) or 'open')})
     return pd.DataFrame(rows)
+
+# %% ../nbs/api/tables.ipynb #06cfbca7
+def published_verdicts(
+    preset: str = 'mini',  # name
+):
+    "What the published tables say, as Markdown."
+    found = published('results.csv', preset)
+    known = isinstance(found, pd.DataFrame)
+    return Markdown(tabular(what_it_says(found))) if known else found
 
 # %% ../nbs/api/tables.ipynb #9f9fd2fd
 ROUNDING = {'mia': 1.5, 'loss': .01}  # part of a metric's name -> what rounding can do
