@@ -1,7 +1,10 @@
 """Which models an attacker owns, what they have learned; probes held to both ends."""
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from oneshui.attacks import auc_of_scales, rmia_against
 from oneshui.audits import (
@@ -11,7 +14,7 @@ from oneshui.audits import (
 from oneshui.probes import (
     WHO, nearness, outputs_at, people_of, relearning_runs, remembered, three_sample,
     three_sample_runs)
-from oneshui.runs import make_runs
+from oneshui.runs import RunStore, make_runs
 
 ROWS = 'pretrain', 'retrain', 'retrain_again', 'neggrad'
 
@@ -212,3 +215,60 @@ def test_a_second_retrain_is_beyond_the_bar_for_one_in_twenty():
     assert (told.remembered | told.conspicuous).mean() == pytest.approx(.05, abs=.001)
     known, hurt = (remembered(toy.assign(loss=x)) for x in (0., 5.))
     assert known.remembered.all() and hurt.conspicuous.all()
+
+
+# A world with a known answer: a model knows what it was trained on, and nothing else
+
+def logits_of(store, s):
+    "Each image is hard in its own way; a training adds noise, and 5 to what it learned."
+    s, faces = store.served_by(s), store.faces(s.dataset)
+    r, y = store.request(s), faces.targets
+    noise = np.random.default_rng(int(s.digest, 16)).normal(0, .5, (len(y), 8))
+    z = np.random.default_rng(0).normal(0, 1, (len(y), 8)) + noise
+    learned = r.train if s.method == 'pretrain' else r.retain
+    z[learned, y[learned]] += 5
+    return torch.from_numpy(z.astype(np.float32))
+
+
+@pytest.fixture
+def world(monkeypatch, tmp_path, data_dir):
+    "A store whose runs are such models."
+    def views(self, s, n, r):
+        z = logits_of(self, s)
+        return {d: z[getattr(r, d)].expand(n, -1, -1) for d in ('forget', 'test')}
+    get = lambda self, s: SimpleNamespace(logits=lambda: logits_of(self, s))
+    for name, fake in dict(get=get, views=views, has=lambda self, s: True).items():
+        monkeypatch.setattr(RunStore, name, fake)
+    return RunStore(tmp_path, data_dir)
+
+
+@pytest.fixture
+def known(world, two):
+    "Pretrain and Retrain on two requests of three trainings."
+    return {('mufac', 3, k, r, m): world.spec(two, 'mufac', 3, k, m, number=r)
+            for k in (0, 1, 2) for r in (0, 1) for m in ('pretrain', 'retrain')}
+
+
+def test_attacks_catch_pretrain_and_pass_retrain(world, known):
+    t, _ = attack_runs(world, known, 1)
+    auc = t.groupby(['method', 'attack']).auc.mean()
+    assert (auc.pretrain > 85).all(), auc
+    honest = auc.retrain.drop('rmia_best')
+    assert honest.between(35, 65).all(), auc
+    assert auc.retrain.rmia_best > auc.retrain.rmia, 'the best of eleven'
+
+
+def test_oracles_catch_pretrain_and_pass_retrain(world, known):
+    t = oracle_runs(world, known, 4, 1).groupby('method').mean(numeric_only=True)
+    assert t.auc.pretrain > 95 and abs(t.auc.retrain - 50) < 10
+    assert t.tpr.pretrain > 80 > 40 > t.tpr.retrain
+    assert t.epsilon.pretrain > t.epsilon.retrain + 5
+    assert t.quality.pretrain < t.quality.retrain and t.klom.pretrain > t.klom.retrain
+
+
+def test_probes_catch_pretrain_and_pass_retrain(world, known):
+    near = three_sample_runs(world, known, 1).groupby('method')
+    assert (near.high.max().pretrain < 0) and (near.low.min().retrain > 0)
+    assert near.nearer.mean().to_dict() == dict(pretrain=0, retrain=100)
+    told = remembered(people_of(world, known, 1)).groupby('method')
+    assert told.remembered.mean().pretrain > .9 and told.remembered.sum().retrain == 0
