@@ -8,8 +8,8 @@ __all__ = ['TRAININGS', 'SETS', 'Seeds', 'seeds_of', 'RunSpec', 'code_of', 'chan
            'check_folder', 'code_behind', 'check_answer', 'accept', 'main', 'make_runs', 'run_grid', 'question',
            'measure', 'open_store', 'check_parameters', 'out_folder', 'published_folder']
 
-# %% ../nbs/api/runs.ipynb #e49b60ec
-import argparse, ast, hashlib, importlib, inspect, json, math, os, shutil, sys
+# %% ../nbs/api/runs.ipynb #f1de13d9
+import argparse, ast, hashlib, importlib, inspect, json, os, shutil, sys
 import textwrap, time, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -694,13 +694,15 @@ def _needs(store, s):
     prepares = not s.prepared and METHODS[s.method].prepare_fn
     return own + ([store.related(s, 'prepared')] if prepares else [])
 
-# %% ../nbs/api/runs.ipynb #32b08f8c
+# %% ../nbs/api/runs.ipynb #4472abc7
 def _stages(store, specs):
     # label -> the runs of each kind that these specifications ask for, each once
     unlearning = [s for s in specs if s.method not in TRAININGS]
     prepares = lambda s: METHODS[s.method].prepare_fn
     preparing = [store.related(s, 'prepared') for s in unlearning if prepares(s)]
-    training = [store.related(s, w) for s in specs for w in TRAININGS]
+    training = [store.related(s, w) for s in unlearning for w in TRAININGS]
+    # a Pretrain is judged beside its Retrain; a Retrain, also a second one, by itself
+    training += [store.related(s, 'retrain') for s in specs if s.method == 'pretrain']
     training += [s for s in specs if s.method in TRAININGS]
     stages = dict(training=training, preparing=preparing, unlearning=unlearning)
     once = lambda runs: list({s.name: s for s in map(store.served_by, runs)}.values())

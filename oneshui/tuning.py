@@ -14,11 +14,11 @@ from .core import PresetError, StoreError
 from .presets import Preset
 from .runs import RunStore, make_runs
 
-# %% ../nbs/api/tuning.ipynb #8d3746f0
+# %% ../nbs/api/tuning.ipynb #d167fe25
 GRIDS = {   # method -> setting -> values; nine candidates for each method
     'neggrad': dict(lr=(.003, .01, .03, .1, .3, .8, 2., 5., 12.)),
-    'ssd': dict(dampening=(.1, .5, 1.), selection=(10., 50., 250.)),
-    'pgu': dict(lr=(.1, 1., 10.), gamma=(.5, .7, .9), epochs=(5,)),
+    'ssd': dict(dampening=(.1, .5, 1.), selection=(50., 1000., 20_000.)),
+    'pgu': dict(lr=(.3, 3., 30.), gamma=(.3, .6, .9), epochs=(5,)),
     'jit': dict(lr=(.01, .1, 1.), sigma=(.5, 4., 30.)),
     'metaunlearn': dict(lr=(1e-4, 1e-3, 1e-2), eta=(1e-3, 1e-2, 1e-1), epochs=(3,)),
     'metastep': dict(sizes=('one', 'tensor', 'band'),
