@@ -220,7 +220,7 @@ def test_a_second_retrain_is_beyond_the_bar_for_one_in_twenty():
 # A world with a known answer: a model knows what it was trained on, and nothing else
 
 def logits_of(store, s):
-    "Each image is hard in its own way; a training adds noise, and 5 to what it learned."
+    "An image is hard in its own way; a training adds noise, and 5 to what it learned."
     s, faces = store.served_by(s), store.faces(s.dataset)
     r, y = store.request(s), faces.targets
     noise = np.random.default_rng(int(s.digest, 16)).normal(0, .5, (len(y), 8))

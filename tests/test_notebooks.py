@@ -31,8 +31,10 @@ EVALUATION = {   # notebook -> files that it leaves
                    *(f'{name}.svg' for name in ('scatter', 'tow', 'trade', 'roc',
                                                   'similarity')),
                    *named('meta_training', *PICTURE)],
-    '07_attacks': [*named('attack_rmia', *TABLE), *named('attacks', 'csv', *PICTURE),
-                   *named('attack_change', *TABLE, *PICTURE)],
+    '07_attacks': [*named('attacks', *TABLE, *PICTURE), *named('attacks_roc', *PICTURE),
+                   'attacks_compared.csv', *named('oracles', *TABLE),
+                   *(f for name in ('relearning', 'three_sample', 'people')
+                     for f in named(name, *TABLE, *PICTURE))],
     '08_ablations': [f for group in GROUPS
                      for f in named(f'ablation_{group}', *TABLE, *PICTURE)],
     '09_robustness': [f for name in ('robustness', 'single', 'sequence')
@@ -155,8 +157,9 @@ def test_evaluation_headless(evaluation, tables, notebook):
 def test_evaluation_tables_hold_numbers(evaluation, tables):
     read = lambda n: pd.read_csv(tables / f'figures/{n}.csv')
     a = read('attacks')
-    assert set(a.attack) == {'loss', 'loss_released', 'rmia', 'rmia_best'}
-    assert a.auc.between(0, 100).all() and len(a) == 4 * 3 * 10, 'one seed: no U-LiRA'
+    attacks = {'loss', 'loss_released', 'rmia', 'rmia_best', 'rmia_independent'}
+    assert set(a.attack) == attacks, 'one training: no LiRA'
+    assert a.auc.between(0, 100).all() and len(a) == 5 * 3 * 11
     r = read('released_code')
     assert {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12} == set(r.item)
     assert r[['paper', 'code', 'difference']].notna().all().all()
