@@ -433,11 +433,11 @@ def explore_portrait(
 def attack_scores_of(
     store: RunStore,
     s: RunSpec,
-    attack: str,  # 'loss' or 'RMIA' (γ = 2, a = 0.3)
+    attack: str,  # 'loss' or 'RMIA' (a = 0.3)
 ) -> tuple:       # scores of D_f [n_f], of D_te [n_te]; larger means member
     "What an attacker makes of the images in question."
     if attack == 'RMIA':
-        found = store.metric(s, 'rmia_scores')['2,0.3']
+        found = store.metric(s, 'rmia_scores')['0.3']
         return tuple(map(np.asarray, found))
     said = store.outputs(s)
     return -said.loss('forget'), -said.loss('test')
