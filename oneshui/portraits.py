@@ -1002,7 +1002,7 @@ def how_often(
     few = np.take(_HQ_COUNTS, n - 1, mode='clip')
     return np.where(n > 11, 132 * .78 ** (n - 12.), few)
 
-# %% ../nbs/api/portraits.ipynb #d12172da
+# %% ../nbs/api/portraits.ipynb #cc374a30
 class Crowd(NamedTuple):
     "People of one data set, with so many portraits each."
     dataset: str
@@ -1013,6 +1013,7 @@ class Crowd(NamedTuple):
     likeness: float = 1.
 
     def counts(self) -> np.ndarray:   # int [people]
+        "How many portraits of each there are."
         n = np.arange(self.fewest, self.most + 1)
         p = how_often(self.dataset, n)
         r = np.random.default_rng([self.seed, 1])
