@@ -5,23 +5,26 @@ import math
 
 import numpy as np
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchmetrics.functional.classification import binary_average_precision
 
 from oneshui.core import DataError, NumbersError, PresetError
-from oneshui.data import Pixels, make_request
-from oneshui.metastep import (FACTORS, Alignment, ForgetAndKeep, KeepTask, Simulation,
-                              Step, TaskAscent, expected_error, find_start,
-                              fixed_learner, value)
-from oneshui.metaunlearn import (MetaLoss, Published, batch_loss, learn_loss,
-                                 meta_objective, parameters_of, restored, shape_of,
-                                 unlearn_once)
+from oneshui.data import Pixels, RoughPixels, make_request
+from oneshui.metastep import (FACTORS, Alignment, FixedSize, ForgetAndKeep, KeepTask,
+                              Known, Simulation, Step, TaskAscent, expected_error,
+                              find_start, fixed_learner, outside_layers, value)
+from oneshui.metaunlearn import (MetaLoss, Published, batch_loss, gradient, learn_loss,
+                                 meta_objective, outputs, parameters_of, restored,
+                                 shape_of, slope, unlearn_once)
 from oneshui.methods import METHODS
 from oneshui.metrics import batch_score, task_loss
+from oneshui.presets import as_released
 from oneshui.readers import read_faces
-from oneshui.vit import ImageSet, create_model, predict, support_set
+from oneshui.vit import ImageSet, ModelSpec, create_model, predict, support_set
 
 SIZES, LOSSES = ('one', 'tensor', 'band'), ('task', 'corrected', 'learned')
 OBJECTIVES = ('forget_and_keep', 'alignment', 'scrub')
@@ -162,6 +165,95 @@ def test_a_retain_step_starts_where_the_first_one_arrived(world):
     assert all(torch.equal(one.θ_u[k], two.θ[k]) for k in one.θ)
     assert all(torch.equal(one.θ[k], p) for k, p in model.named_parameters())
     assert any(not torch.equal(φ[k], v) for k, v in h.state_dict().items()), 'φ moved'
+
+
+# As the authors' code does it
+
+def test_the_released_step_leaves_what_belongs_to_no_layer(world):
+    model = world[0]
+    u = unlearned(world, 'metaunlearn', **PAPER, tokens=False)
+    outside = outside_layers(model)
+    assert outside == ['cls_token', 'pos_embed']
+    same = {k for (k, a), b in zip(model.named_parameters(), u.parameters())
+            if torch.equal(a, b)}
+    assert same == set(outside)
+
+
+def test_what_is_held_is_held_on_the_way_back_too():
+    "dA/dφ with two parameters held, against double backward, in double precision."
+    torch.manual_seed(0)
+    little = dict(img_size=32, patch_size=16, embed_dim=24, depth=2, num_heads=2)
+    net = timm.create_model('vit_base_patch16_224', num_classes=5, **little)
+    net = net.double().eval()
+    x, y, who = torch.randn(3, 3, 32, 32).double(), torch.arange(3), torch.arange(3)
+    h, held = MetaLoss(5, 24, 3, hidden=16).double(), outside_layers(net)
+    A = lambda θ_u: (task_loss(outputs(net, θ_u, x)[0], y) - 2.) ** 2
+    step = Step(net, h, FixedSize(.5, held), unit=False)
+    taken = step(parameters_of(net), (x, y, who), mask=3)
+    step.backward(taken, slope(lambda θ_u: [A(θ_u)], taken.θ_u)[1])
+    with sdpa_kernel(SDPBackend.MATH):
+        θ = {k: p.requires_grad_() for k, p in parameters_of(net).items()}
+        g = gradient(h(outputs(net, θ, x), y, who, 3), θ, create_graph=True)
+        θ_u = {k: p if k in held else p - .5 * g[k] for k, p in θ.items()}
+        naive = torch.autograd.grad(A(θ_u), list(h.parameters()))
+    ours = flat(p.grad for p in h.parameters())
+    assert (ours - flat(naive)).norm() < 1e-9 * flat(naive).norm()
+
+
+def test_A_in_half_precision_is_seen_in_half_precision(world):
+    "Logits in bf16, their losses in fp32: sixteen bits before the score, none after."
+    model, D, _ = world
+    sim = Simulation(model, D['train'], D['val'], 2, 8, precision='bf16')
+    (lo, y), (before, _) = sim.train.says([0, 1], sim.θ), sim.val.says([0, 1])
+    assert lo.dtype == before.dtype == torch.bfloat16
+    assert batch_loss(lo, y).dtype == torch.float32
+    assert torch.equal(task_loss(lo, y), task_loss(lo.float(), y))
+    exact = Known(model, D['train']).says([0, 1], sim.θ)[0]
+    assert 0 < (lo - exact).abs().max() < .02 * exact.abs().max()
+    a, b = (prepared(world, 'metaunlearn', **PAPER, precision=k)['history']
+            for k in ('fp32', 'bf16'))
+    assert not torch.equal(a, b) and torch.allclose(a, b, atol=.05)
+
+
+def test_the_schedule_of_meta_training(world):
+    "One step of AMSGrad a request, no weight decay, a cosine by epochs."
+    model, D, _ = world
+    sim = Simulation(model, D['train'], D['val'], size=2, batch_size=8)
+    h = MetaLoss(*shape_of(model, D['val']), len(sim.people), hidden=8)
+    learner = fixed_learner(sim, h, Alignment(), eta=.1, lr=1e-3, epochs=3)
+    group, seen = learner.opt.param_groups[0], []
+    assert group['amsgrad'] and group['weight_decay'] == 0
+    learner.opt.register_step_pre_hook(lambda *_: seen.append(group['lr']))
+    learner.learn(sim.epochs(3))
+    several = np.unique(D['train'].identity, return_counts=True)[1] > 1
+    each = math.ceil(several.sum() / 2)
+    by_hand = np.repeat([1e-3, .75e-3, .25e-3], each)   # ½ (1 + cos π e/3)
+    assert seen == pytest.approx(by_hand)
+
+
+def test_every_batch_of_the_forgotten_meets_one_of_strangers(world):
+    model, D, _ = world
+    sim = Simulation(model, D['train'], D['val'], size=4, batch_size=5)
+    r, = sim.requests(1)
+    looked = Alignment().look(sim, r)
+    assert [len(f) for f, _, _ in looked[:-1]] == [5] * (len(looked) - 1)
+    assert np.array_equal(np.concatenate([f for f, _, _ in looked]), r.forget)
+    assert sum(share for _, share, _ in looked) == pytest.approx(1)
+    for _, _, v in looked: assert len(set(v)) == len(v) == 5
+
+
+def test_a_resnet_takes_part(world):
+    "Batch statistics, a pooled map instead of a class token; nothing to hold."
+    _, D, S = world
+    spec = ModelSpec(arch='resnet18', image_size=32, weights='none')
+    net = create_model(spec, D['val'].n_classes, 0)
+    assert shape_of(net, D['val']) == (D['val'].n_classes, 512)
+    assert outside_layers(net) == []
+    few = dict(D, train=D['train'].subset(np.argsort(D['train'].identity)[:16]))
+    hp = PAPER | dict(tokens=False, inputs=['logits', 'features', 'targets'])
+    u = unlearned((net, few, S), 'metaunlearn', **hp)
+    assert any(not torch.equal(a, b) for a, b in zip(net.parameters(), u.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(net.buffers(), u.buffers()))
 
 
 # What is asked for
@@ -344,3 +436,17 @@ def test_what_a_state_has_of_a_module_comes_back(world):
     assert all(torch.equal(v, state[f'h.{k}'])
                for k, v in restored(h, state, 'h').state_dict().items())
     assert not h.training and predict(model, D['forget']).isfinite().all()
+
+
+def test_a_released_store_reads_rough_images_and_names_theirs_mia(shared, smoke):
+    s = shared.spec(smoke, 'celeba', 2, 0, 'pretrain')
+    theirs = as_released(smoke).model
+    rough, own = (shared.pixels('celeba', size, theirs.antialias) for size in (16, 32))
+    assert isinstance(rough, RoughPixels) and not isinstance(own, RoughPixels)
+    plain = shared.metrics(s)
+    shared.released = True
+    try: named = shared.metrics(s)
+    finally: shared.released = False
+    forms = {k for k in plain if f'released_{k}' in plain}
+    assert {'mia', 'mia_nonmember'} <= forms
+    assert named == plain | {k: plain[f'released_{k}'] for k in forms}

@@ -18,7 +18,7 @@ from oneshui import methods
 from oneshui.core import DataError, PresetError
 from oneshui.data import Pixels, make_request
 from oneshui.methods import METHODS, Count, Method, Positive, method
-from oneshui.presets import for_request
+from oneshui.presets import as_released, check_parameters, for_request, load_preset
 from oneshui.readers import read_faces
 from oneshui.vit import ImageSet, create_model, support_set
 
@@ -433,6 +433,159 @@ def test_scrub_by_hand():
     assert gone.asked == [(32, True)] and stay.asked == [(32, True)]
     ask(batch_size=7)
     assert gone.asked[1:] == [(7, True)] and stay.asked[1:] == [(7, True)]
+
+
+# ---- as the authors' code does it
+
+class Line(nn.Module):
+    "Logits W x of images of one row."
+    def __init__(self, w):
+        super().__init__()
+        self.fc = nn.Linear(len(w[0]), len(w), bias=False)
+        self.fc.weight.data = torch.tensor(w)
+    def forward(self, x): return self.fc(x.flatten(1))
+
+
+def test_patches_at_every_pixel_by_hand():
+    "3 × 3 pixels under a kernel of 2 × 2 with stride 2: one patch, or all four."
+    conv = nn.Conv2d(1, 1, 2, stride=2, dilation=1)
+    a = torch.arange(9.).view(1, 1, 3, 3)
+    assert methods.input_rows(conv, a).tolist() == [[0, 1, 3, 4]]
+    every = methods.input_rows(conv, a, everywhere=True)
+    assert every.tolist() == [[0, 1, 3, 4], [1, 2, 4, 5], [3, 4, 6, 7], [4, 5, 7, 8]]
+    C = methods.input_covariance(nn.Sequential(conv), Images(a, torch.zeros(1)),
+                                 everywhere=True)['0']
+    assert torch.equal(C, every.T @ every)
+
+
+def test_the_released_covariance_is_of_crops_and_every_patch(cnn):
+    asked = []
+    class Watched(Images):
+        def batches(self, size, shuffle=False, augment=None, *_, **__):
+            asked.append(augment)
+            return super().batches(size)
+    x = Watched(torch.randn(4, 3, 16, 16), torch.randint(0, 5, (4,)))
+    ours, theirs = (METHODS['pgu'].prepare(cnn, x, None, hp) for hp in (
+        {}, dict(covariance='released')))
+    assert asked == [None, .08]
+    assert not torch.allclose(ours['0'], theirs['0']), 'stride 2: other patches'
+    assert torch.allclose(ours['6'], theirs['6']), 'not under a Linear'
+    hp = dict(lr=.1, epochs=1, gamma=.5, covariance='released')
+    METHODS['pgu'].unlearn(cnn, x, theirs, hp)
+    assert asked[2:] == [None, None], 'the portraits are as they are'
+
+
+def test_jit_by_hand_over_two_batches():
+    "The released step goes along the gradient of every batch so far."
+    x, lr = torch.tensor([[1., -1., .2, -.4], [.5, 2., 1., 1.5]]), .1
+    hp = dict(lr=lr, sigma=1., samples=1, batch_size=1)
+    for released in (False, True):
+        W, total = torch.eye(4), 0.
+        torch.manual_seed(0)
+        for row in x[:, None]:
+            δ = row - methods.noisy(row, 1.)
+            out = δ @ W.T
+            g = (out / out.norm()).T @ row / δ.norm()
+            total = total + g if released else g
+            W = W - lr * total
+        net, given = Line(torch.eye(4).tolist()), Images(x, torch.zeros(2).long())
+        torch.manual_seed(0)
+        u = METHODS['jit'].unlearn(net, given, {}, hp | dict(accumulate=released))
+        assert torch.allclose(u.fc.weight, W, atol=1e-5), released
+
+
+def test_answers_in_half_precision_by_hand():
+    "bf16 keeps eight bits: 1 + 1/256 is 1, and what is said is float32 again."
+    net = Line([[1., 1.]])
+    x = torch.tensor([[1 + 1 / 256, 1 / 512]])
+    assert methods.answers(net, x).item() == 1 + 1 / 256 + 1 / 512
+    half = methods.answers(net, x, 'bf16')
+    assert half.item() == 1. and half.dtype == torch.float32
+    assert not methods.told(net, x, 'bf16').requires_grad
+
+
+@pytest.mark.parametrize('name', ['pgu', 'scrub', 'bad_teacher'])
+def test_half_precision_moves_a_little_elsewhere(world, name):
+    hp = world.settings(name) | dict(lr=.1)
+    state = world.prepare(name, hp)
+    full = world.full if METHODS[name].access == 'full' else {}
+    def moved(precision):
+        torch.manual_seed(0)
+        u = world.unlearn(name, state, hp | dict(precision=precision), **full)
+        pairs = zip(u.parameters(), world.model.parameters())
+        return torch.cat([(a - b).flatten().detach() for a, b in pairs])
+    a, b = map(moved, ('fp32', 'bf16'))
+    assert 0 < (a - b).norm() < .2 * a.norm()
+
+
+SOFTMAX = dict(multilabel='softmax', precision='bf16')
+RELEASED = dict(
+    neggrad={}, ssd={}, metastep={}, jit=dict(accumulate=True), scrub=SOFTMAX,
+    bad_teacher=SOFTMAX,
+    pgu=dict(multilabel='released', covariance='released', precision='bf16'),
+    metaunlearn=dict(singles='reuse', precision='bf16', tokens=False))
+
+
+@pytest.mark.parametrize('name', BUILT_IN)
+def test_one_switch_turns_every_difference(name, smoke):
+    m, theirs = METHODS[name], as_released(smoke)
+    assert m.released == RELEASED[name]
+    ours = {k: p.default for k, p in m.settings.items()}
+    assert all(ours[k] != v for k, v in m.released.items()), 'our default is another'
+    assert theirs.name == 'smoke-released' and not theirs.model.antialias
+    for d in smoke.cells:
+        assert theirs.recipe(d).schedule == 'released'
+        for n in smoke.cells[d].n_forget:
+            table = theirs.hyper(d, name, n)
+            assert table == smoke.hyper(d, name, n) | m.released
+            m.check(for_request(name, table, n))
+    found = check_parameters(dict(preset='smoke', released=True))[1]
+    assert found == theirs.model_copy(update=dict(asked=found.asked))
+
+
+# ---- the paper's numbers
+
+FIVES = dict(lr=5e-3, forget_epochs=5)
+PAPER = [   # data set, method, N_S, settings: the released table
+    ('celebahq', 'ssd', 50, dict(dampening=.5, selection=10)),
+    ('celebahq', 'ssd', 200, dict(dampening=.5, selection=10)),
+    ('celeba', 'ssd', 200, dict(dampening=2, selection=50)),
+    ('celebahq', 'pgu', 200, dict(lr=.01, epochs=10, gamma=.75)),
+    ('celeba', 'pgu', 200, dict(lr=.01, epochs=10, gamma=.75)),
+    ('mufac', 'pgu', 10, dict(lr=.1, epochs=10, gamma=.75)),
+    ('celebahq', 'scrub', 50, dict(lr=1e-2, forget_epochs=5, augment=True)),
+    ('celebahq', 'scrub', 200, dict(lr=1e-3, forget_epochs=5, augment=True)),
+    ('celebahq', 'scrub', 500, dict(lr=5e-4, forget_epochs=7, augment=True)),
+    ('celeba', 'scrub', 1, FIVES), ('celeba', 'scrub', 10, FIVES),
+    ('celeba', 'scrub', 200, dict(lr=1e-3, forget_epochs=7)),
+    ('celeba', 'scrub', 500, dict(lr=1e-3, forget_epochs=3)),
+    ('mufac', 'scrub', 5, dict(lr=1e-3, forget_epochs=7)),
+    ('mufac', 'scrub', 10, dict(lr=1e-3, forget_epochs=5, augment=True)),
+    ('celebahq', 'bad_teacher', 50, dict(lr=1e-4)),
+    ('celebahq', 'bad_teacher', 200, dict(lr=1e-4, batch_size=256)),
+    ('celebahq', 'bad_teacher', 500, dict(lr=1e-5, batch_size=256)),
+    ('celeba', 'bad_teacher', 500, dict(lr=1e-4, batch_size=256)),
+    ('mufac', 'bad_teacher', 5, dict(lr=1e-3, augment=True)),
+    ('celeba', 'metaunlearn', 500, dict(epochs=3, lr=1e-4, eta=.1)),
+    ('celebahq', 'metaunlearn', 1, dict(epochs=3, lr=1e-4, eta=.1, simulated_size=50)),
+    ('celeba', 'metaunlearn', 1, dict(epochs=3, lr=1e-3, eta=.1, simulated_size=10)),
+    ('mufac', 'metaunlearn', 5, dict(epochs=10, lr=1e-2, eta=1e-3))]
+
+
+@pytest.mark.parametrize('dataset, name, n, settings', PAPER)
+def test_the_paper_preset_is_the_released_table(dataset, name, n, settings):
+    paper = load_preset('paper')
+    assert paper.hyper(dataset, name, n) == settings
+    sizes = dict(ssd=128, pgu=128, jit=128, scrub=32, bad_teacher=32, metaunlearn=64)
+    assert METHODS[name].settings['batch_size'].default == sizes[name]
+
+
+def test_the_paper_preset_serves_every_request_size():
+    paper = load_preset('paper')
+    for d, more in (('celebahq', (20, 50)), ('celeba', (5, 10))):
+        for n in (1, *more, 200, 500):
+            for m in BUILT_IN: assert paper.hyper(d, m, n)
+    for m in BUILT_IN: assert paper.hyper('mufac', m, 1), 'a substitute of ours'
 
 
 # ---- no training image can be recovered from what a preparation keeps

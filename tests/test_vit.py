@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from oneshui import vit
 from oneshui.core import NumbersError, PresetError
-from oneshui.data import Pixels, make_faces
+from oneshui.data import Pixels, RoughPixels, make_faces
 from oneshui.metrics import score, task_loss
 from oneshui.vit import ImageSet, ModelSpec, TrainSpec, create_model, fit, learning_rate
 from oneshui.vit import predict, support_set
@@ -254,7 +254,33 @@ def test_a_support_set_holds_nothing_else(pixels):
     assert [len(y) for _, y in S.batches(1)] == [1, 1]
 
 
+def test_rough_pixels_by_hand(tmp_path):
+    "Every third column is white: without antialiasing, all that is seen is white."
+    stripes = np.zeros((9, 9, 3), np.uint8); stripes[:, 1::3] = 255
+    Image.fromarray(stripes).save(tmp_path / '0.png')
+    how = 'stripes', tmp_path, ['0.png'], ['p'], np.ones((1, 1)), 'multilabel', ['a']
+    faces = make_faces(*how)
+    rough, smooth = RoughPixels(faces, 3), Pixels(faces, 3, None)
+    assert (rough.batch([0]) == 255).all() and smooth.batch([0]).max() < 200
+    (x, _), (raw, _) = ImageSet(rough, [0]).tensors(), smooth[0]
+    assert (x == 1).all() and raw.shape == (3, 9, 9), 'training crops from the file'
+    whole = RoughPixels(faces, 9).batch([0])
+    assert torch.equal(whole, Pixels(faces, 9, None).batch([0]).float())
+
+
 # The network
+
+def test_a_setting_of_its_default_renames_no_run():
+    assert 'antialias' not in TINY.model_dump()
+    rough = with_(TINY, antialias=False)
+    assert rough.model_dump() == TINY.model_dump() | dict(antialias=False)
+    assert ModelSpec(**rough.model_dump()) == rough != TINY
+
+
+def test_a_resnet_has_what_its_head_reads():
+    net = create_model(ModelSpec(arch='resnet18', image_size=EDGE, weights='none'), 3)
+    logits, pooled = vit.logits_and_cls(net, torch.randn(2, 3, EDGE, EDGE))
+    assert pooled.shape == (2, 512) and torch.allclose(net.fc(pooled), logits)
 
 @pytest.fixture
 def small(monkeypatch):
