@@ -14,11 +14,11 @@ from .core import PresetError, StoreError
 from .presets import Preset
 from .runs import RunStore, make_runs
 
-# %% ../nbs/api/tuning.ipynb #d167fe25
+# %% ../nbs/api/tuning.ipynb #ee3dacec
 GRIDS = {   # method -> setting -> values; nine candidates for each method
     'neggrad': dict(lr=(.003, .01, .03, .1, .3, .8, 2., 5., 12.)),
     'ssd': dict(dampening=(.1, .5, 1.), selection=(50., 1000., 20_000.)),
-    'pgu': dict(lr=(.3, 3., 30.), gamma=(.3, .6, .9), epochs=(5,)),
+    'pgu': dict(lr=(.3, 1., 3.), gamma=(.3, .5, .7), epochs=(5,)),
     'jit': dict(lr=(.01, .1, 1.), sigma=(.5, 4., 30.)),
     'metaunlearn': dict(lr=(1e-4, 1e-3, 1e-2), eta=(1e-3, 1e-2, 1e-1), epochs=(3,)),
     'metastep': dict(sizes=('one', 'tensor', 'band'),
