@@ -26,8 +26,8 @@ from scipy.stats import norm
 from .core import digest, progress
 from .readers import ATTRIBUTES
 
-# %% ../nbs/api/portraits.ipynb #22137ab8
-VERSION = 5  # of the drawings: raise it when a change alters pixels or labels
+# %% ../nbs/api/portraits.ipynb #b7df349c
+VERSION = 6  # of the drawings: raise it when a change alters pixels or labels
 
 # %% ../nbs/api/portraits.ipynb #0df40333
 class Dice:
