@@ -434,13 +434,13 @@ def load_training(
     opt.load_state_dict(dict(state=buffers, param_groups=state['groups']))
     return parts['best'], state['rows']
 
-# %% ../nbs/01_vit_finetuning.ipynb #c733ff95
+# %% ../nbs/01_vit_finetuning.ipynb #e62e78e7
 def _drawings(i, per, size, seed=10_000):
     # portraits of person i, pixels and numbers; every second person has a MUFAC age
     from oneshui.portraits import draw_person, draw_photo, render
-    person = draw_person(seed, i, None if i % 2 else (i // 2) % 8)
+    person = draw_person(seed, i, None if i % 2 else (i // 2) % 8, likeness=0.)
     photos = [draw_photo(seed, i, j, person) for j in range(per)]
-    hidden = lambda name: name == 'dress' or name.startswith('p_')   # p_: habits
+    hidden = lambda name: name in ('dress', 'likeness') or name.startswith('p_')
     shown = [[v for k, v in (person | q).items() if not hidden(k)] for q in photos]
     images = np.stack([render(person, q, size).transpose(2, 0, 1) for q in photos])
     return images, np.array(shown, np.float32)
