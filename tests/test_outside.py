@@ -67,7 +67,7 @@ def write_staff(home, faces):
     (home / 'staff').mkdir()
     for p in faces.paths: shutil.copy(faces.root / p, home / 'staff' / Path(p).name)
     names = [Path(p).name for p in faces.paths]
-    asked = ['Smiling', 'Mouth_Slightly_Open']   # frequent: nobody of two may wear a hat
+    asked = ['Smiling', 'Mouth_Slightly_Open']   # frequent: of two, no hat may be worn
     table = pd.DataFrame(faces.targets.astype(int), columns=faces.classes)[asked]
     table = table.set_axis(['glasses', 'hat'], axis=1)
     table = table.assign(file=names, person=faces.identities[faces.identity])
