@@ -10,10 +10,11 @@ __all__ = ['WHO', 'endless', 'relearning', 'relearning_runs', 'outputs_at', 'nea
 from itertools import chain, islice, repeat
 import numpy as np, pandas as pd, torch
 from .attacks import draw_groups
-from .audits import first_training, losses_at, run_names, trained_anew
+from .audits import losses_at, run_names, trained_anew
 from .core import device_of
 from .metrics import score, task_loss
-from .runs import RunSpec, RunStore, make_runs, measure, question
+from .runs import RunSpec, RunStore, first_training, make_runs, measure
+from .runs import question
 from .vit import ImageSet, optimiser, predict, train_epoch
 
 # %% ../nbs/api/probes.ipynb #66334abe

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'ROUNDING', 'AMPLIFIES', 'as_scores', 'tidy', 'share_words', 'table_of', 'replicates_of', 'caption_of',
            'sentences', 'score_numbers', 'highest', 'away_from_retrain', 'score_table', 'score_caption', 'side_of',
-           'what_it_says', 'published_verdicts', 'rounding', 'read_results', 'both_results', 'compare_with_published',
-           'results_of', 'agrees', 'is_published', 'means_beside', 'report_published']
+           'what_it_says', 'published_verdicts', 'rounding', 'read_results', 'both_results', 'largest_differences',
+           'compare_with_published', 'results_of', 'agrees', 'is_published', 'means_beside', 'report_published']
 
 # %% ../nbs/api/tables.ipynb #a137e5a1
 import math
@@ -244,7 +244,7 @@ def read_results(
     if 'request' not in t: t.insert(3, 'request', 0)
     return t[~t.metric.str.endswith('seconds')]
 
-# %% ../nbs/api/tables.ipynb #e8af6aca
+# %% ../nbs/api/tables.ipynb #58ff666b
 def both_results(
     fresh: Path, published: Path,  # two results.csv
 ) -> pd.DataFrame:                 # the keys, fresh, published, shared, where
@@ -257,11 +257,12 @@ def both_results(
     place = ', N_S = ' + t.n_forget.astype(str) + ', seed ' + t.seed.astype(str)
     return t.assign(where=t.dataset + place + number)
 
-def compare_with_published(
-    fresh: Path, published: Path,  # two results.csv
-) -> pd.DataFrame:                 # method, metric, largest, where, within
+# %% ../nbs/api/tables.ipynb #0949ed4e
+def largest_differences(
+    both: pd.DataFrame,  # from `both_results`
+) -> pd.DataFrame:       # method, metric, largest, where, within
     "Largest absolute difference by method and metric; rows that one side lacks."
-    t = both_results(fresh, published).query('shared').copy()
+    t = both.query('shared').copy()
     t['largest'] = (t.fresh - t.published).abs()
     t.loc[t.fresh.isna(), 'where'] += ': not in the fresh results'
     t.loc[t.published.isna(), 'where'] += ': not published'
@@ -271,7 +272,13 @@ def compare_with_published(
     within = table.largest <= table.metric.map(rounding)
     return table[['method', 'metric', 'largest', 'where']].assign(within=within)
 
-# %% ../nbs/api/tables.ipynb #be8e88f8
+def compare_with_published(
+    fresh: Path, published: Path,  # two results.csv
+) -> pd.DataFrame:                 # as of `largest_differences`
+    "How far fresh results are from published ones, on the requests that both have."
+    return largest_differences(both_results(fresh, published))
+
+# %% ../nbs/api/tables.ipynb #3744268c
 def results_of(
     fresh: Path, preset: str,  # folder with results.csv; name
 ) -> tuple | None:             # the two files, if both are there
@@ -282,18 +289,21 @@ def results_of(
 def agrees(
     fresh: Path,           # folder with results.csv
     preset: str = 'mini',
+    whole: bool = False,   # and are these all of the published runs?
 ) -> bool:
     "Is every run in this folder the published one, within rounding?"
-    both = results_of(fresh, preset)
-    return both is not None and bool(compare_with_published(*both).within.all())
+    files = results_of(fresh, preset)
+    if files is None: return False
+    both = both_results(*files)
+    same = bool(largest_differences(both).within.all())
+    return same and (not whole or bool(both.shared.all()))
 
 def is_published(
     fresh: Path,           # folder with results.csv
     preset: str = 'mini',
 ) -> bool:
     "Are these the published results, and all of them?"
-    return agrees(fresh, preset) and bool(
-        both_results(*results_of(fresh, preset)).shared.all())
+    return agrees(fresh, preset, whole=True)
 
 # %% ../nbs/api/tables.ipynb #6de4aa45
 def means_beside(

@@ -8,13 +8,13 @@ import torch
 
 from oneshui.attacks import auc_of_scales, rmia_against
 from oneshui.audits import (
-    FIXED, attack_runs, confidences_at, first_training, known_to, losses_at,
+    FIXED, attack_runs, confidences_at, known_to, losses_at,
     offline_scale, oracle_runs, partner, references_of, rmia_independent, strongest,
     trained_anew, two_kinds)
 from oneshui.probes import (
     WHO, nearness, outputs_at, people_of, relearning_runs, remembered, three_sample,
     three_sample_runs)
-from oneshui.runs import RunStore, make_runs
+from oneshui.runs import RunStore, first_training, make_runs
 
 ROWS = 'pretrain', 'retrain', 'retrain_again', 'neggrad'
 

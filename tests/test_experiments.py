@@ -6,8 +6,7 @@ import pandas as pd
 import pytest
 
 from oneshui.core import StoreError
-from oneshui.experiments import Asked, Experiment, cells_of, edges_of, grid
-from oneshui.experiments import requests_of, search_cost, tuned_table, variants
+from oneshui.experiments import Asked, Experiment, cells_of, grid, requests_of, variants
 from oneshui.intervals import compare_arms, t_interval
 from oneshui.methods import METHODS, method, one_shot
 from oneshui.questions import PORTRAITS, in_turn
@@ -22,6 +21,7 @@ from oneshui.tables import agrees, away_from_retrain, caption_of, compare_with_p
 from oneshui.tables import highest, is_published, means_beside, replicates_of
 from oneshui.tables import report_published, score_caption, score_numbers, score_table
 from oneshui.tables import share_words, table_of
+from oneshui.tuning import edges_of, search_cost, tuned_table
 
 matplotlib.use('agg')
 
