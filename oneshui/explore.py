@@ -144,19 +144,20 @@ def explore_request(
     which.observe(lambda change: setattr(size, 'options', sizes(change.new)), 'value')
     return e
 
-# %% ../nbs/api/explore.ipynb #24d826d3
+# %% ../nbs/api/explore.ipynb #02206f45
 def specs_of_request(
     store: RunStore, preset: Preset,
     dataset: str | None = None,   # None: the first of the preset's focus
     n_forget: int | None = None,  # None: the smallest request
     seed: int | None = None,      # None: the preset's first
+    number: int = 0,              # of its requests
 ) -> dict:                        # method -> RunSpec, all of them made
     "Pretrain, Retrain and the one-shot methods on one request."
     d = dataset or [*preset.focus, *preset.datasets][0]
     n = n_forget or request_sizes(preset, d)[0]
     k = preset.seeds[0] if seed is None else seed
     methods = ('pretrain', 'retrain', *one_shot())
-    specs = {m: store.spec(preset, d, n, k, m) for m in methods}
+    specs = {m: store.spec(preset, d, n, k, m, number=number) for m in methods}
     make_runs(store, list(specs.values()))
     return specs
 
