@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TRAINED', 'COLOURS', 'HEADS', 'TEX', 'MARKS', 'pm', 'mean_pm', 'title_of', 'colour_of', 'in_order', 'table_rows',
-           'figure_style', 'tabular', 'write_table', 'save_figure', 'published', 'summarise', 'row_colour',
-           'draw_marks', 'room_for', 'panel_title', 'panel_grid', 'side_legend', 'side_by_side', 'draw_combs',
-           'draw_panel', 'frame_panel', 'dots', 'CELL', 'SCORES', 't_interval', 'verdict']
+           'attacked_rows', 'figure_style', 'tabular', 'write_table', 'save_figure', 'published', 'summarise',
+           'row_colour', 'draw_marks', 'room_for', 'panel_title', 'panel_grid', 'side_legend', 'side_by_side',
+           'draw_combs', 'draw_panel', 'frame_panel', 'dots', 'CELL', 'SCORES', 't_interval', 'verdict']
 
 # %% ../nbs/api/results.ipynb #a3aef56d
 import math, re
@@ -66,10 +66,14 @@ def in_order(
     return sorted(dict.fromkeys(labels), key=lambda a: known.index(a) if a in known
                   else len(known))   # a stable sort: words stay in their order
 
-# %% ../nbs/api/results.ipynb #936e2fd8
+# %% ../nbs/api/results.ipynb #4bd4ce77
 def table_rows() -> list:
     "What has a row in Tables 1–3."
     return in_order([*TRAINED, *method_rows()])
+
+def attacked_rows() -> list:
+    "What attackers with reference models ask about: the trainings and what sees S only."
+    return [m for m in table_rows() if m in TRAINED or METHODS[m].access == 'one-shot']
 
 def figure_style():
     "Fonts and lines of every figure."
