@@ -66,13 +66,13 @@ def in_order(
     return sorted(dict.fromkeys(labels), key=lambda a: known.index(a) if a in known
                   else len(known))   # a stable sort: words stay in their order
 
-# %% ../nbs/api/results.ipynb #4bd4ce77
+# %% ../nbs/api/results.ipynb #246b3af5
 def table_rows() -> list:
     "What has a row in Tables 1–3."
     return in_order([*TRAINED, *method_rows()])
 
 def attacked_rows() -> list:
-    "What attackers with reference models ask about: the trainings and what sees S only."
+    "What attackers with reference models ask about: trainings and one-shot methods."
     return [m for m in table_rows() if m in TRAINED or METHODS[m].access == 'one-shot']
 
 def figure_style():
