@@ -160,7 +160,7 @@ def test_evaluation_tables_hold_numbers(evaluation, tables):
     a = read('attacks')
     attacks = {'loss', 'loss_released', 'rmia', 'rmia_best', 'rmia_independent'}
     assert set(a.attack) == attacks, 'one training: no LiRA'
-    assert a.auc.between(0, 100).all() and len(a) == 5 * 3 * 11
+    assert a.auc.between(0, 100).all() and len(a) == 5 * 3 * 9
     r = read('released_code')
     assert {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 16} == set(r.item)
     assert r[['paper', 'code', 'difference']].notna().all().all()
