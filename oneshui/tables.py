@@ -43,13 +43,12 @@ def tidy(
     t = t.melt(keys, var_name='metric').dropna(subset='value')
     return t.sort_values([*keys, 'metric'], kind='stable', ignore_index=True)
 
-# %% ../nbs/api/tables.ipynb #6e644603
+# %% ../nbs/api/tables.ipynb #fbdae428
 def share_words(
     share: float, low: float, high: float,  # from `share_of_the_way`
 ) -> str:
     "'34 % (10 to 55)'."
-    if math.isinf(low): return 'no room' if math.isnan(share) else 'no room for sure'
-    if math.isnan(share): return ''
+    if math.isnan(share): return 'no room' if math.isinf(low) else ''
     if max(-low, high) > 10: return 'no room for sure'   # the ceiling is too uncertain
     percent = lambda x: f'{round(100 * x)}'   # no -0
     known = high > low   # not for one training, not for the ceiling itself
