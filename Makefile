@@ -22,13 +22,13 @@ $(READY): settings.ini setup.py pyproject.toml constraints.txt
 setup: $(READY) ## the virtual environment
 
 EVALUATION = 06_figures 07_attacks 08_ablations 09_robustness 10_similarity 11_released_code
-METASTEP   = 12_metastep 13_metastep_results
+METASTEP   = 12_metastep 13_metastep_results 16_claims
 reproduce: CHAPTERS = 05_tables
 reproduce:       ## Tables 1-3 on the embedded portraits in a quarter of an hour, into figures/mini/, beside the published ones (PRESET=smoke|mini|paper, ARGS='-p data_dir /data')
 evaluate: CHAPTERS = $(EVALUATION)
 evaluate:        ## the rest of the evaluation, on the runs of `make reproduce`: figures, attacks, ablations, robustness, similarity
 metastep: CHAPTERS = $(METASTEP)
-metastep:        ## our own method against the others, on the same runs
+metastep:        ## our own method against the others, on the same runs; and the ledger of claims
 published: CHAPTERS = 05_tables $(EVALUATION) $(METASTEP)
 published: ARGS += -p full true -p out_dir figures/published/$(PRESET)
 published:       ## what is committed in figures/published/: all trainings and requests of the preset; hours, resumes after a stop
