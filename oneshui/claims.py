@@ -11,35 +11,37 @@ from typing import NamedTuple
 import numpy as np, pandas as pd
 from .intervals import CELL, replicates, t_interval
 
-# %% ../nbs/16_claims.ipynb #bef738b6
+# %% ../nbs/16_claims.ipynb #b2eca16e
 class Claim(NamedTuple):
     "One conclusion of the paper, put as a difference whose sign is the claim."
-    words: str     # the claim
-    chapter: str   # that tests it
-    measure: str   # what the difference is
-    sense: str     # 'more': it is above 0; 'same': within the margin
-    found: tuple   # mean, low, high, n; () where nothing is published
-    why: str = ''  # as far as known
-    cells: str = ''  # in how many the mean has the sign
+    words: str        # the claim
+    chapter: str      # that tests it
+    where: str        # data sets and request sizes
+    measure: str      # what the difference is
+    sense: str        # 'more' | 'no worse'
+    found: tuple      # mean, low, high, n; () where nothing is published
+    cells: str = ''   # in how many the mean has the sign
+    why: str = ''     # as far as known
+    moot: bool = False  # nothing can follow from it here
 
-# %% ../nbs/16_claims.ipynb #636d6ad3
+# %% ../nbs/16_claims.ipynb #ca4f940b
 def verdict_on(
     found: tuple,      # mean, low, high, n
-    sense: str,        # 'more' | 'same'
+    sense: str,        # 'more' | 'no worse'
     margin: float = 2, # differences up to this one are as good as none, in points
 ) -> str:              # 'held' | 'did not hold' | 'undecided at n = …' | 'not measured'
     "What an interval says of a claim."
     if not found: return 'not measured'
     _, low, high, n = found
     small = -margin < low and high < margin
-    yes = dict(more=low > 0 and high >= margin, same=small)[sense]
-    no = dict(more=high < 0 or small, same=low > margin or high < -margin)[sense]
-    return 'held' if yes else 'did not hold' if no else f'undecided at n = {n}'
+    yes = dict([('more', low > 0 and high >= margin), ('no worse', low > -margin)])
+    no = dict([('more', high < 0 or small), ('no worse', high < -margin)])
+    return ('held' if yes[sense] else 'did not hold' if no[sense]
+            else f'undecided at n = {n}')
 
-# %% ../nbs/16_claims.ipynb #3ebe0a6b
+# %% ../nbs/16_claims.ipynb #ca712d93
 def over_cells(
     values: pd.Series,  # differences, by dataset, n_forget, seed (and request)
-    count: bool = True,
 ) -> tuple:             # mean, low, high, n (trainings)
     "Mean over the cells, with Student's interval over trainings."
     each = values.dropna().groupby(level=['seed', *CELL]).mean()
@@ -96,14 +98,16 @@ def published_difference(
     mean, half = sign * t.difference.mean(), t.difference_half.mean()
     return mean, mean - half, mean + half, int(t.n.min())
 
-# %% ../nbs/16_claims.ipynb #085f26ba
+# %% ../nbs/16_claims.ipynb #91bdaf0c
 def ledger(
     claims: list,     # of `Claim`
-) -> pd.DataFrame:    # claim, chapter, measured, mean, low, high, n, cells, verdict…
+) -> pd.DataFrame:    # claim, chapter, where, measured, mean, low, high, n, verdict, …
     "A row for each claim."
     def row(c):
         mean, low, high, n = c.found or (np.nan, np.nan, np.nan, 0)
-        return dict(claim=c.words, chapter=c.chapter, measured=c.measure, mean=mean,
-                    low=low, high=high, n=n, cells=c.cells, sense=c.sense,
-                    verdict=verdict_on(c.found, c.sense), why=c.why)
+        verdict = 'moot' if c.moot and c.found else verdict_on(c.found, c.sense)
+        why = c.why if verdict in ('held', 'did not hold') else ''
+        return dict(claim=c.words, chapter=c.chapter, where=c.where, measured=c.measure,
+                    mean=mean, low=low, high=high, n=n, cells=c.cells, sense=c.sense,
+                    verdict=verdict, why=why)
     return pd.DataFrame(map(row, claims))
