@@ -7,7 +7,7 @@ BIN     = $(VENV)/bin
 READY   = $(VENV)/.ready
 export PYTHONWARNINGS = ignore::FutureWarning
 
-.PHONY: help setup reproduce evaluate metastep published tune test notebooks export readme docs test-browser lab benchmark clean
+.PHONY: help setup reproduce evaluate metastep published tune test notebooks export readme docs test-browser lab benchmark gpu-check clean
 help:            ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
 
@@ -51,7 +51,7 @@ export: $(READY) ## notebooks -> oneshui/
 readme: $(READY) ## nbs/index.ipynb -> README.md
 	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=remove-input --output-dir . --output README.md nbs/index.ipynb
 
-API_FIRST = core metrics readers portraits attacks oracles presets runs intervals results tables experiments tuning audits probes questions
+API_FIRST = core metrics readers portraits attacks oracles presets cluster runs intervals results tables experiments tuning audits probes questions
 BOOK      = $(API_FIRST:%=api/%) 00_data_splits 01_vit_finetuning 02_baselines 03_metaunlearn 04_a100_training 05_tables $(EVALUATION) $(METASTEP) api/explore index
 notebooks: $(READY) ## execute all notebooks in place at their defaults, then clean them
 	@for n in $(BOOK); do \
@@ -70,9 +70,11 @@ test-browser: docs ## the site in headless Chromium (Debian's chromium, or any t
 lab: $(READY)    ## JupyterLab on the index
 	$(BIN)/jupyter lab nbs/index.ipynb
 
-benchmark: $(READY) ## time and memory: hypergradient against double backward; RMIA sorted against pairs
-	$(BIN)/python benchmarks/hypergradient.py
-	$(BIN)/python benchmarks/rmia.py
+benchmark: $(READY) ## time and memory, ours against the naive forms, into figures/published/benchmark.json; some minutes
+	$(BIN)/python benchmarks/benchmark.py
+
+gpu-check: $(READY) ## five minutes on a GPU: step time, utilisation, memory, bf16, hypergradient; adds a row to figures/published/gpu_check.csv
+	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 clean:           ## forget drawings and runs (the environment stays)
 	rm -rf data data-large runs build

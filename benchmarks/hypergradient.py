@@ -10,15 +10,15 @@ import time
 from functools import partial
 
 FORMS = 'hypergradient_oracle', 'hypergradient'
-SETTINGS = dict(size=64, batches=0, batch=64, support=20, repeat=5)
+SETTINGS = dict(size=64, batches=0, batch=64, support=20, repeat=5, threads=2)
 
 
 def shares(θ_u, model, pairs):
     "A, one pair of batches after the other."
     import torch
     from oneshui.metaunlearn import meta_objective, outputs
-    for (xf, yf), (xv, yv) in pairs:
-        with torch.no_grad(): before, after = model(xv), outputs(model, θ_u, xv)[0]
+    for (xf, yf), (xv, yv), before in pairs:
+        with torch.no_grad(): after = outputs(model, θ_u, xv)[0]
         sides = (outputs(model, θ_u, xf)[0], yf), (before, yv), (after, yv)
         yield meta_objective(*sides) / len(pairs)
 
@@ -29,14 +29,17 @@ def world(a):
     import torch
     from oneshui.metaunlearn import MetaLoss
     torch.manual_seed(0)
-    torch.set_num_threads(2)
+    torch.set_num_threads(a.threads)
     small = {} if a.size == 224 else dict(embed_dim=128, depth=4, num_heads=4)
     model = timm.create_model(a.arch, img_size=a.size, num_classes=40, **small).eval()
     def images(n):
         return torch.randn(n, 3, a.size, a.size), (torch.rand(n, 40) < .5).float()
     h = MetaLoss(40, model.embed_dim, a.support)
     S = *images(a.support), torch.arange(a.support)
-    pairs = [[images(a.batch) for _ in range(2)] for _ in range(a.batches)]
+    def pair():
+        forget, val = images(a.batch), images(a.batch)
+        with torch.no_grad(): return forget, val, model(val[0])   # θ does not change
+    pairs = [pair() for _ in range(a.batches)]
     return model, h, S, .1, partial(shares, model=model, pairs=pairs)
 
 

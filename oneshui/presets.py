@@ -194,6 +194,7 @@ class Parameters(Spec):
     store: str | None = None          # folder of the run store; None: runs/
     out_dir: str | None = None        # of tables and pictures; None: figures/<preset>/
     n_jobs: int = 2                   # processes
+    cluster: str | None = None        # a Dask scheduler, tcp://…; None: this machine
 
 def listed(
     value,  # '["mufac"]', 'mufac,celeba', 3, a list, or None
@@ -225,7 +226,7 @@ def given_parameters(
     "The parameters among a notebook's globals. Raises `PresetError`."
     given = {k: namespace[k] for k in Parameters.model_fields if k in namespace}
     for k in ('datasets', 'focus', 'seeds'): given[k] = listed(given.get(k))
-    for k in ('data_dir', 'store', 'out_dir'):
+    for k in ('data_dir', 'store', 'out_dir', 'cluster'):
         given[k] = None if given.get(k) in (None, 'None') else str(given[k])
     try: return Parameters(**given)
     except ValidationError as e:

@@ -25,8 +25,9 @@ from safetensors.torch import load_file, save_file
 
 # %% ../nbs/api/runs.ipynb #fb656b84
 from .attacks import augmented_logits
-from .core import PresetError, Spec, StoreError, digest, progress, project_root
-from .core import write_atomically
+from .cluster import Lost, noted, own_data, working_on
+from .core import DataError, PresetError, Spec, StoreError, digest, progress
+from .core import project_root, write_atomically
 from .data import Faces, Pixels, Request, RoughPixels, make_request, portrait
 from .methods import METHODS, method_rows
 from .metrics import METRICS, Outputs
@@ -181,6 +182,7 @@ def warn_if_stale(
 # %% ../nbs/api/runs.ipynb #37d5f80b
 class RunStore:
     "Runs on disk, made when they are asked for."
+    cluster = None   # address of a Dask scheduler; None: this machine works
     def __init__(self,
         root: str | Path,       # folder of the store
         data_dir: str | Path,   # folder with the data sets
@@ -579,8 +581,12 @@ def metric_of(
     n_jobs: int = 2,  # processes
 ) -> list:            # one dict for each run
     "A metric of many runs, in parallel where it is not known yet."
-    ask = delayed(lambda s: store.metric(s, name))
-    return Parallel(n_jobs)(ask(s) for s in specs)
+    lent = _lent(store)
+    asked = [delayed(_metric)(lent, s, name) for s in specs]
+    return _answers(_in_parallel(store, asked, n_jobs, name))
+
+def _metric(store, s, name):
+    with _worker(store, s, name) as here: return here.metric(s, name)
 
 # %% ../nbs/api/runs.ipynb #0085d44b
 def check_runs(
@@ -665,31 +671,57 @@ def main():
 
 # %% ../nbs/api/runs.ipynb #d5b6b64d
 @contextmanager
-def _worker():
+def _worker(store, s, label):
     # two processes with a thread each beat one with two; a worker's bar nobody sees
     threads, shown = torch.get_num_threads(), os.environ.get('ONESHUI_PROGRESS')
     torch.set_num_threads(1)
     os.environ['ONESHUI_PROGRESS'] = 'off'
-    try: yield
+    try:
+        with noted(f'{label} {s.name}'): yield _at_home(store, s)
     finally:
         torch.set_num_threads(threads)
         os.environ.pop('ONESHUI_PROGRESS')
         if shown is not None: os.environ['ONESHUI_PROGRESS'] = shown
 
-def _in_parallel(jobs, n_jobs, label):
+def _in_parallel(store, jobs, n_jobs, label):
     # results of joblib's delayed calls in their order, with a progress bar
     if not jobs: return []
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), working_on(store.cluster, store.root) as how:
         # loky renews a worker whose memory has grown; no job is lost
         warnings.filterwarnings('ignore', message='A worker stopped while some jobs')
-        results = Parallel(n_jobs, return_as='generator')(jobs)
+        results = Parallel(n_jobs, return_as='generator', **how)(jobs)
         return list(progress(results, label, len(jobs)))
 
+# %% ../nbs/api/runs.ipynb #049cc804
+def _lent(store):
+    # the store as other processes get it
+    lent = RunStore(store.root.resolve(), store.data_dir.resolve())
+    if store.cluster is None: lent._faces = store._faces
+    return lent
+
+def _at_home(store, s):
+    # a lent store where it arrives
+    home = own_data(store.data_dir)
+    if home is None: return store
+    here, copied = RunStore(store.root, home), home != store.data_dir
+    here._faces[s.dataset] = _faces_at(home, s.dataset, s.data, copied)
+    return here
+
+# %% ../nbs/api/runs.ipynb #e6b539ec
+@lru_cache(maxsize=8)
+def _faces_at(home, dataset, data, copied):
+    # a data set as a worker of a cluster reads it
+    faces = read_faces(dataset, home)
+    if not copied: vars(faces)['fingerprint'] = data   # the notebook has computed it
+    if faces.fingerprint == data: return faces
+    raise DataError(f'{home}: {dataset} is not what the notebook has read (fingerprint '
+                    f'{faces.fingerprint}, there {data}). Copy it again.')
+
 # %% ../nbs/api/runs.ipynb #dffce1b9
-def _attempt(do, store, s):
+def _attempt(do, store, s, label):
     # None, or what went wrong with one run
     try:
-        with _worker(): do(store, s)
+        with _worker(store, s, label) as here: do(here, s)
     except (ValueError, ArithmeticError, RuntimeError) as e:
         return f'{s.name}: {type(e).__name__}: {e}'
 
@@ -699,10 +731,10 @@ def _judge(store, s): store.metrics(s)
 
 def _stage(store, todo, do, label, n_jobs):
     # one kind of work for many runs; what went wrong, one line each
-    fresh = RunStore(store.root, store.data_dir)
-    fresh._faces = store._faces   # read once, handed to the workers
-    jobs = [delayed(_attempt)(do, fresh, s) for s in todo]
-    return [e for e in _in_parallel(jobs, n_jobs, label) if e]
+    lent = _lent(store)
+    jobs = [delayed(_attempt)(do, lent, s, label) for s in todo]
+    found = zip(todo, _in_parallel(store, jobs, n_jobs, label))
+    return [f'{s.name}: {e}' if isinstance(e, Lost) else e for s, e in found if e]
 
 def _needs(store, s):
     # what has to be there before a run can be made
@@ -768,6 +800,14 @@ def run_grid(
     return pd.DataFrame([dict(zip(keys, key)) | dict(metric=name, value=value)
                          for key, m in found.items() for name, value in m.items()])
 
+# %% ../nbs/api/runs.ipynb #b2679e53
+def _answers(found):
+    # all of them, or an error
+    lost = [e for e in found if isinstance(e, Lost)]
+    if not lost: return found
+    raise StoreError(f'{len(lost)} of {len(found)} answers are missing, the others are '
+                     f'stored: {lost[0]}')
+
 # %% ../nbs/api/runs.ipynb #66a21ed3
 def question(
     version: int = 1,  # raised when the answer changes
@@ -780,8 +820,8 @@ def question(
 
 def _answer(store, fn, s, options):
     key = dict(version=fn.version, spec=s.model_dump(mode='json'), options=options)
-    with _worker():
-        return store.cached(fn.__name__, key, lambda: fn(store, s, **options), fn)
+    with _worker(store, s, fn.__name__) as here:
+        return here.cached(fn.__name__, key, lambda: fn(here, s, **options), fn)
 
 def measure(
     store: RunStore,
@@ -790,10 +830,9 @@ def measure(
     label: str = 'measuring', n_jobs: int = 2,
 ) -> list:               # answers, in the order of the jobs
     "What `fn` finds out about runs, in parallel, each answer kept in the store."
-    fresh = RunStore(store.root, store.data_dir)
-    fresh._faces = store._faces
-    asked = [delayed(_answer)(fresh, fn, s, o) for s, o in jobs]
-    return _in_parallel(asked, n_jobs, label)
+    lent = _lent(store)
+    asked = [delayed(_answer)(lent, fn, s, o) for s, o in jobs]
+    return _answers(_in_parallel(store, asked, n_jobs, label))
 
 # %% ../nbs/api/runs.ipynb #94f4029f
 def open_store(
@@ -805,5 +844,5 @@ def open_store(
     if data is None:
         data = write_portraits(root / 'data', **preset.portraits, n_jobs=p.n_jobs)
     store = RunStore(p.store or root / 'runs', Path(data).resolve())
-    store.released = p.released
-    return store
+    store.released, store.cluster = p.released, p.cluster
+    with working_on(p.cluster, store.root): return store   # if there is such a cluster

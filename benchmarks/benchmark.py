@@ -1,0 +1,178 @@
+"""Ours against the naive form that stands in this repository, alternating in one run.
+
+python benchmarks/benchmark.py [rows] [--tiny] [--out FILE]
+
+Ratios of times are medians over rounds that call every form once (CPU seconds, one
+thread); memory is that of a fresh process for each form. Seconds and megabytes are this
+machine's and mean little elsewhere.
+"""
+import argparse
+import json
+import math
+from functools import partial
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from hypergradient import world
+from measure import Product, alternate, extra_memory, ratio
+
+from oneshui.attacks import dominated
+from oneshui.data import simulate_requests
+from oneshui.metaunlearn import hypergradient, hypergradient_oracle
+from oneshui.metrics import batch_score, mean_average_precision
+from oneshui.scale import step_flops
+from oneshui.vit import TrainSpec, optimiser, scheduled, train_epoch
+
+ROOT = Path(__file__).resolve().parents[1]
+PUBLISHED = ROOT / 'figures/published/benchmark.json'
+ARCH = 'vit_base_patch16_224'
+MINI = dict(arch=ARCH, size=64, batch=64, support=20)      # S and batches: the paper's
+TINY = dict(arch=ARCH, size=32, batch=4, support=2)
+LARGE = dict(arch=ARCH, size=224, batch=1, support=1)      # ViT-B/16
+FORMS = dict(ours=hypergradient, naive=hypergradient_oracle)
+
+
+def shape(small, batches):
+    "What `world` builds from."
+    return SimpleNamespace(**(TINY if small else MINI), batches=batches, threads=1)
+
+
+def meta_step(case):
+    "One meta-step of a form with so many batches, ready to be called."
+    form, small, batches = case
+    return partial(FORMS[form], *world(shape(small, batches)))
+
+
+def meta_flops(model, a):
+    "What the formulas of chapter 03 need for one meta-step, in FLOPs."
+    need = step_flops(model, a.size)
+    both, forward = need['train'], need['forward']
+    there_and_back = both + 3 * forward   # S: ∇M; and ż, a product forward is three
+    images = a.batches * a.batch          # of D_f, and as many of D_v after the step
+    return a.support * there_and_back + images * (both + forward)
+
+
+def epoch_of(model, a):
+    "A fine-tuning epoch of six batches of 32: (call, FLOPs)."
+    n = 6 if a.size > 32 else 2
+    x, y = torch.randn(32, 3, a.size, a.size), (torch.rand(32, 40) < .5).float()
+    spec = TrainSpec(epochs=2, batch_size=32, lr=.01, precision='fp32', clip=1.)
+    opt = optimiser(model, spec)
+    schedule = scheduled(opt, spec, 32 * n)
+    call = lambda: train_epoch(model, [(x, y)] * n, opt, schedule, spec)
+    return call, 32 * n * step_flops(model, a.size)['train']
+
+
+def limits(small, repeat):
+    "A meta-step and an epoch: speed, and share of the machine's rate for products."
+    a = shape(small, 1 if small else 6)
+    w, product = world(a), Product(128 if small else 1024)
+    learner = world(a)[0]
+    epoch, epoch_flops = epoch_of(learner, a)
+    steps = {name: partial(form, *w) for name, form in FORMS.items()}
+    t = alternate(steps | dict(product=product, epoch=epoch), repeat)
+    flop = ratio(t['product'], [product.flops] * repeat)   # seconds of one
+    reached = lambda flops, name: flops / product.flops * ratio(t['product'], t[name])
+    return dict(meta_step_speedup=ratio(t['naive'], t['ours']),
+                meta_step_seconds=median(t['ours']), matmul_gflops=1e-9 / flop,
+                limit_fraction_meta=reached(meta_flops(w[0], a), 'ours'),
+                limit_fraction_train=reached(epoch_flops, 'epoch'))
+
+
+def memory(small, repeat):
+    "Extra megabytes of one meta-step against the number of batches."
+    few, some, many = (1, 2, 3) if small else (1, 6, 16)
+    def megabytes(form, *batches):
+        cases = [(form, small, n) for n in batches]
+        return dict(zip(batches, extra_memory(meta_step, cases)))
+    ours, naive = megabytes('ours', few, some, many), megabytes('naive', few, some)
+    found = {f'meta_step_mb_{n}': m for n, m in ours.items()}
+    found |= {f'naive_mb_{n}': m for n, m in naive.items()}
+    return found | dict(meta_step_memory_ratio=naive[some] / ours[some],
+                        memory_growth_1_16=ours[many] / ours[few])
+
+
+def large(small, repeat):
+    "A meta-step of ViT-B/16: one image of each kind."
+    w = world(SimpleNamespace(**(TINY if small else LARGE), batches=1, threads=1))
+    t = alternate({k: partial(form, *w) for k, form in FORMS.items()}, repeat)
+    return dict(meta_step_vit_b_speedup=ratio(t['naive'], t['ours']))
+
+
+def attack(small, repeat):
+    "RMIA's score: a sorted population against all pairs, the same numbers."
+    rng, n, m = np.random.default_rng(0), *((50, 300) if small else (5000, 30_000))
+    x, z = rng.normal(size=(8, n)), rng.normal(size=(1, m))
+    forms = dict(ours=partial(dominated, x, z, 0.),
+                 naive=partial(dominated, x, np.repeat(z, 8, 0), 0.))
+    assert np.array_equal(forms['ours'](), forms['naive']())
+    t = alternate(forms, repeat)
+    return dict(rmia_speedup=ratio(t['naive'], t['ours']))
+
+
+def from_chapter(notebook, name):
+    "A function that a chapter defines and does not export."
+    cells = json.loads((ROOT / 'nbs' / notebook).read_text())['cells']
+    source, = (s for s in (''.join(c['source']) for c in cells)
+               if s.startswith(f'def {name}('))
+    known = {}
+    exec(source.split('\n\n')[0], known)
+    return known[name]
+
+
+def episodes(small, repeat):
+    "An epoch of simulated requests: index arithmetic against chapter 00's loops."
+    people, images = (30, 200) if small else (10_177, 202_599)
+    who = np.random.default_rng(0).integers(0, people, images)
+    naive, rows = from_chapter('00_data_splits.ipynb', 'naive_epoch'), np.arange(images)
+    forms = {f.__name__: f for f in (simulate_requests, naive)}
+    calls = {k: lambda f=f: f(who, rows, 10, np.random.default_rng(0))
+             for k, f in forms.items()}
+    first = [[list(map(int, d)) for d in call()[0]] for call in calls.values()]
+    assert first[0] == first[1]
+    t = alternate(calls, repeat)
+    return dict(episodes_speedup=ratio(t['naive_epoch'], t['simulate_requests']))
+
+
+def scores(small, repeat):
+    "The score of a batch, which scales the losses in A: at once against torchmetrics."
+    g, n = torch.Generator().manual_seed(0), 8 if small else 64
+    logits = torch.randn(n, 40, generator=g)
+    y = (torch.rand(n, 40, generator=g) < .3).float()
+    forms = dict(ours=partial(batch_score, logits, y),
+                 naive=partial(mean_average_precision, logits, y))
+    assert math.isclose(100 * forms['ours'](), forms['naive'](), rel_tol=1e-5)
+    t = alternate(forms, 5 * repeat)   # short ones
+    return dict(batch_score_speedup=ratio(t['naive'], t['ours']))
+
+
+ROWS = dict(limits=limits, memory=memory, attack=attack, episodes=episodes,
+            scores=scores, large=large)
+
+
+def measured(names, small=False, repeat=5):
+    "name -> number, row after row."
+    torch.set_num_threads(1)
+    for name in names:
+        for k, v in ROWS[name](small, repeat).items():
+            print(f'{k:26} {v:.3g}', flush=True)
+            yield k, float(f'{v:.4g}')
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    p.add_argument('rows', nargs='*', default=list(ROWS), help='default: all')
+    p.add_argument('--out', type=Path, default=PUBLISHED, help='a JSON file')
+    p.add_argument('--tiny', action='store_true', help='seconds, for tests')
+    p.add_argument('--repeat', type=int, default=5)
+    a = p.parse_args()
+    kept = json.loads(a.out.read_text()) if a.out.exists() else {}
+    for k, v in measured(a.rows, a.tiny, a.repeat):
+        kept[k] = v   # other rows stay
+        a.out.write_text(json.dumps(kept, indent=1) + '\n')
+
+
+if __name__ == '__main__': main()

@@ -1,0 +1,92 @@
+"""The benchmarks run, in tiny form; what they publish is what chapter 04 reads."""
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / 'benchmarks'))
+PUBLISHED = ROOT / 'figures/published/benchmark.json'
+
+
+def python(*command):
+    return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT,
+                          capture_output=True, text=True)
+
+
+def test_rows_are_ratios_of_what_was_measured(monkeypatch):
+    import benchmark
+    from measure import alternate
+    taken = dict(ours=lambda n: 2., naive=lambda n: 5. * n)
+    monkeypatch.setattr(benchmark, 'extra_memory', lambda world, cases: [
+        taken[form](n) for form, _, n in cases])
+    threads = torch.get_num_threads()
+    try: found = dict(benchmark.measured(benchmark.ROWS, small=True, repeat=1))
+    finally: torch.set_num_threads(threads)
+    assert found['meta_step_memory_ratio'] == 5. and found['memory_growth_1_16'] == 1.
+    assert all(v > 0 for v in found.values())
+    published = {k for k in json.loads(PUBLISHED.read_text()) if '_mb_' not in k}
+    assert published <= {*found}, 'no number is published that nobody can measure'
+    calls = []
+    alternate({k: lambda k=k: calls.append(k) for k in 'ab'}, repeat=3)
+    assert ''.join(calls) == 'ab' * 4
+
+
+class Products(TorchDispatchMode):
+    "Counts FLOPs; FlopCounterMode follows modules, which autograd.grad stops."
+    total = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out, kwargs = op(*args, **kwargs or {}), kwargs or {}
+        count = flop_registry.get(op.overloadpacket)
+        if count: self.total += count(*args, **kwargs, out_val=out)
+        return out
+
+
+def test_flops_of_a_meta_step_are_those_that_are_computed():
+    import benchmark
+    from hypergradient import world
+    a = benchmark.shape(True, 2)
+    w = world(a)
+    with Products() as counted: benchmark.hypergradient(*w)
+    assert abs(benchmark.meta_flops(w[0], a) / counted.total - 1) < .15
+
+
+def test_memory_is_that_of_a_fresh_process():
+    import measure
+    few, many = measure.extra_memory(filled, [100, 300])
+    assert 95 < few < 115 and 295 < many < 315
+
+
+def filled(megabytes):
+    "A call that takes so much."
+    return partial(touched, megabytes)
+
+
+def touched(megabytes): return bytes([1]) * (megabytes * 2**20)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+def test_without_a_gpu_it_says_so():
+    r = python('benchmarks/gpu_check.py')
+    assert r.returncode == 1 and 'nothing was measured' in r.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+def test_the_check_of_a_gpu_runs_on_a_cpu(tmp_path):
+    r = python('benchmarks/gpu_check.py', '--cpu', '--out', tmp_path / 't.csv')
+    assert r.returncode == 0, r.stderr
+    t = pd.read_csv(tmp_path / 't.csv')
+    assert len(t) == 1 and t.notna().all(axis=None) and (t.meta_difference < 1e-3).all()
+    assert (t.select_dtypes('number') >= 0).all(axis=None)
+    import gpu_check
+    gpu_check.append(t.iloc[0].to_dict(), tmp_path / 't.csv')
+    again = pd.read_csv(tmp_path / 't.csv')
+    assert len(again) == 2 and list(again.columns) == list(t.columns)
