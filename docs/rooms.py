@@ -13,7 +13,9 @@ PICTURE = ROOT / 'figures/published/rooms.svg'
 # A room uses only rooms above it. A new module takes its place here.
 ROOMS = ('core metrics data readers portraits vit methods metaunlearn metastep attacks '
          'oracles presets runs intervals results tables experiments '
-         'tuning audits probes questions scale explore evidence aftermath findings').split()
+         'tuning audits probes questions scale explore '
+         'handlers photos kit rehearsal preparing ledger reports desk '
+         'evidence aftermath inspection findings cli').split()
 
 
 def sources():

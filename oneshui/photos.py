@@ -7,7 +7,7 @@ __all__ = ['SPLITS', 'IMAGES', 'MOST_PIXELS', 'SMALLEST', 'WIDEST', 'read_table'
            'read_targets', 'check_count', 'attributes', 'refuse_recogniser', 'read_folder', 'People', 'read_people',
            'Photo', 'read_photo', 'check_shape', 'photo_hash', 'Photos', 'PhotoSet', 'as_support']
 
-# %% ../nbs/api/photos.ipynb #36023cfb
+# %% ../nbs/api/photos.ipynb #970a5ab7
 import hashlib, io
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from PIL import Image
 from .core import DataError, progress
 from .data import Faces, as_rgb, make_faces
 from .handlers import Preprocessing
-from .vit import ImageSet, SupportSet, augmentation
+from .vit import ImageSet, SupportSet, augmentation, flipped
 
 # %% ../nbs/api/photos.ipynb #4f32b754
 SPLITS = ('train', 'val', 'test', 'portrait')
@@ -321,7 +321,7 @@ class Photos(torch.utils.data.Dataset):
         if self.map is not None: return torch.from_numpy(self.map[np.asarray(idx)])
         return torch.from_numpy(np.stack([self.one(int(i)) for i in idx]))
 
-# %% ../nbs/api/photos.ipynb #e88d1160
+# %% ../nbs/api/photos.ipynb #39059c49
 class PhotoSet(ImageSet):
     "Rows of a table, with the preprocessing of a user's model."
     def subset(self, rows: np.ndarray) -> 'PhotoSet':   # indices into this set
@@ -340,10 +340,11 @@ class PhotoSet(ImageSet):
                 device: torch.device | str = 'cpu', workers: int = 0):
         "All images once, a batch at a time."
         order = torch.randperm(len(self)) if shuffle else torch.arange(len(self))
-        change = augment and augmentation(self.pixels.prep.size, augment)
+        crop = augment and augment < 1 and augmentation(self.pixels.prep.size, augment)
         for rows in order.split(batch_size):
             x = self.pixels.batch(self.idx[rows.numpy()])
-            if augment: x = torch.stack([change(one) for one in x])
+            if crop: x = torch.stack([crop(one) for one in x])
+            elif augment: x = flipped(x.clone())
             y = self.y[rows].to(device)
             yield self.pixels.prep.normalised(x.to(device)), y
 

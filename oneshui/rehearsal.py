@@ -169,32 +169,33 @@ def rehearse(
             for r in play_one(bench, p, k, arms)]
     return pd.DataFrame(rows)
 
-# %% ../nbs/api/rehearsal.ipynb #0a6f2252
+# %% ../nbs/api/rehearsal.ipynb #e1221c5d
 def in_turn(
     bench: Bench, plays: list,
     forget: Callable,   # (model, support) -> model
-) -> pd.DataFrame:      # request, moved, nearness, nothing, own_error, …
+) -> pd.DataFrame:      # request, path (sum of the steps), moved, nearness, nothing, …
     "One request after the other, each from where the last one arrived."
-    model, rows = bench.model, []
+    model, rows, path = bench.model, [], 0.
     for k, p in enumerate(progress(plays, 'in turn'), 1):
-        model = forget(model, bench.support(p))
+        last, model = model, forget(model, bench.support(p))
+        path += moved(model, last)
         asked = np.concatenate([q.people for q in plays[:k]])
         own = np.concatenate([q.own for q in plays[:k]])
         sets = bench.sets(asked, own)
         before, after = (measured(seen(m, sets)) for m in (bench.model, model))
-        rows.append(dict(request=k, moved=moved(model, bench.model),
+        rows.append(dict(request=k, path=path, moved=moved(model, bench.model),
                          nearness=nearness(after, before),
                          nothing=nearness(before, before)) | after)
     return pd.DataFrame(rows)
 
 def covered(
     turns: list,   # of dicts, from `in_turn`
-) -> tuple:        # requests, distance: up to where forgetting was no worse than nothing
+) -> tuple:        # requests, sum of steps: up to where forgetting was no worse than nothing
     "What the rehearsal covers."
     good = [(0, 0.)]
     for t in turns:
         if t['nearness'] < t['nothing'] - .05: break
-        good.append((t['request'], t['moved']))
+        good.append((t['request'], t['path']))
     return good[-1]
 
 # %% ../nbs/api/rehearsal.ipynb #9bcedd2f
