@@ -6,7 +6,7 @@
 __all__ = ['MANY', 'PAIR', 'Audit', 'audit_asked', 'check_folder', 'codes_of', 'halves', 'audit_sets', 'Opened', 'open_audit',
            'every', 'case_of', 'averages', 'relearn', 'u_lira_row', 'whom_like', 'everybody_else']
 
-# %% ../nbs/api/inspection.ipynb #1737b955
+# %% ../nbs/api/inspection.ipynb #ddec4705
 import difflib, os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,13 +21,14 @@ from .data import Faces
 from .evidence import WORDS, Case, attack_verdict, look, supported_fpr
 from .evidence import u_lira_found
 from .handlers import ModelSource, check_weights, open_model
+from .kit import read_kit
 from .methods import in_words
 from .metrics import score
 from .photos import People, Photos, PhotoSet, read_people
 from .preparing import answered
 from .vit import TrainSpec
 
-# %% ../nbs/api/inspection.ipynb #b6bda456
+# %% ../nbs/api/inspection.ipynb #506db0dd
 class Audit(Spec):
     "What somebody wants to know, and what they bring."
     model: str                        # timm:…, torchvision:…, transformers:…, module:…
@@ -40,6 +41,7 @@ class Audit(Spec):
     references: list[str] = []        # further ones, or for another reason without them
     forgotten: list[str] = []         # other trainings that forgot them
     pair: Annotated[list[str], Field(max_length=2)] = []  # another training: with, without
+    kit: str | None = None            # of `oneshui prepare`
     classes: list[str] | None = None  # in the order of the outputs
     options: dict = {}                # of the model
     preprocessing: dict = {}          # what is stated of it
@@ -126,7 +128,7 @@ def audit_sets(
                 stranger=test[np.unique(who[test], return_index=True)[1]])
     return {d: PhotoSet(photos, r) for d, r in rows.items() if len(r)}
 
-# %% ../nbs/api/inspection.ipynb #53a36f97
+# %% ../nbs/api/inspection.ipynb #bb91eadd
 @dataclass
 class Opened:
     "Models by name, images by set."
@@ -144,6 +146,7 @@ def open_audit(
 ) -> Opened:
     "Model, files and data, checked. Raises `PresetError` or `DataError`."
     check_folder(a.out)
+    if a.kit: read_kit(a.kit)
     source, model, classes, before = open_model(a.model, a.weights, a.options,
                                                 a.preprocessing)
     one = lambda p: p and check_weights(p)
