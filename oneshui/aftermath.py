@@ -42,7 +42,7 @@ def control_scores(
     return by_people(scores, np.concatenate([target.identity[d] for d in halves])
                      ).to_numpy()
 
-# %% ../nbs/api/aftermath.ipynb #cf960820
+# %% ../nbs/api/aftermath.ipynb #f2d56bed
 def people_found(
     case: Case,
     names: np.ndarray,     # of people, by code
@@ -61,6 +61,7 @@ def people_found(
     said = [person_word(r, alpha) for r in t.itertuples()]
     return t.assign(said=said, person=names[t.index]).reset_index(drop=True)
 
+# %% ../nbs/api/aftermath.ipynb #cc4b9f38
 def person_word(
     r,             # a row of `people_found`
     alpha: float,
@@ -70,7 +71,7 @@ def person_word(
     if r.p_less_after < alpha: return 'known less than a stranger'
     return 'as a stranger' if r.p_before < alpha else 'was no better known before'
 
-# %% ../nbs/api/aftermath.ipynb #33c5fa4b
+# %% ../nbs/api/aftermath.ipynb #3fd3ca21
 def gained(
     case: Case,
     model: Outputs,  # after, or Retrain
@@ -81,6 +82,7 @@ def gained(
     return by_people(np.concatenate(rose),
                      np.concatenate([model.identity[d] for d in sets]))
 
+# %% ../nbs/api/aftermath.ipynb #7da57e44
 def bystanders_found(
     case: Case,
     model: Outputs,      # after, or Retrain
@@ -140,7 +142,7 @@ def best_rate(
         if np.isfinite(now) and now <= 1.1 * before: return lr
     return LADDER[-1]
 
-# %% ../nbs/api/aftermath.ipynb #ce4b2480
+# %% ../nbs/api/aftermath.ipynb #67879d4f
 def look_found(
     now: dict, witness: dict | None,   # set -> losses [n], at one look
     who: tuple,                        # whose images: of who asked, of controls
@@ -155,6 +157,7 @@ def look_found(
                 p=rank_p(asked, controls), p_less=rank_p(asked, controls, 'less'),
                 least=least_p(len(asked), len(controls)))
 
+# %% ../nbs/api/aftermath.ipynb #c2491374
 def relearning_found(
     curves: dict,   # before, after and, where there are any, retrain and reference
     who: tuple,     # whose images: of who asked, of controls
@@ -186,7 +189,7 @@ def nearness_on(
     near = nearer(*(said_by(o, which) for o in (target, *ends)))
     return pd.DataFrame(dict(person=target.identity[which], nearness=near))
 
-# %% ../nbs/api/aftermath.ipynb #d5f40567
+# %% ../nbs/api/aftermath.ipynb #049b9f85
 def nearness_found(
     target: Outputs,
     ends: tuple,     # Outputs: of a model that knows them, of one that never did
@@ -207,6 +210,7 @@ def nearness_found(
                  difference=asked['nearness'] - controls['nearness'])
     return found | dict(verdict=nearness_verdict(found))
 
+# %% ../nbs/api/aftermath.ipynb #4d393669
 def nearness_verdict(
     found: dict,   # from `nearness_found`
 ) -> str:

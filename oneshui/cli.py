@@ -21,7 +21,7 @@ from .reports import limits
 from .rehearsal import summary
 from .runs import main as check_store
 
-# %% ../nbs/api/cli.ipynb #da1052a9
+# %% ../nbs/api/cli.ipynb #2e6c4903
 def setting(
     text: str,   # name=value; the value may be JSON
 ) -> tuple:      # name, value
@@ -47,6 +47,7 @@ def table(
     if isinstance(found, dict): return found
     raise PresetError(f'{what}: {text[:60]} is no table. Write {{"name": value}}.')
 
+# %% ../nbs/api/cli.ipynb #dfc431b3
 def numbers(
     values: list | None,   # one number, or three
 ) -> list | None:
@@ -170,32 +171,31 @@ def do_show(
     print(limits(kit, lines[-1].path if lines else 0.)[1])
     print(f'{len(lines)} requests; every hash of the ledger is as it was written.')
 
-# %% ../nbs/api/cli.ipynb #5b0fb891
+# %% ../nbs/api/cli.ipynb #140bd0f3
 def audit_options(
     p: argparse.ArgumentParser,
 ):
     "What `oneshui audit` asks for."
     p.add_argument('--model', required=True, help='as for prepare')
-    p.add_argument('--weights', required=True, help='before: a .safetensors file')
-    p.add_argument('--after', required=True, help='after forgetting')
     p.add_argument('--data', required=True, help='a CSV (path, identity, split, '
                    'targets) or a folder; val and test are the controls')
-    p.add_argument('--people', required=True, help='who asked, with commas')
-    p.add_argument('--out', required=True, help='folder for audit.html and audit.json')
+    for name, said in dict(
+            weights='before: a .safetensors file', after='after forgetting',
+            people='who asked, with commas', out='folder to write').items():
+        p.add_argument(f'--{name}', required=True, help=said)
     p.add_argument('--retrain', help='a model trained without them')
     for name, said in dict(references='further models trained without them',
                            forgotten='other trainings that forgot them',
                            pair='another training, with and without them').items():
         p.add_argument(f'--{name}', nargs='+', default=[], help=said)
-    p.add_argument('--kit', help='of oneshui prepare: its rehearsal is held against '
-                   'what happened')
+    p.add_argument('--kit', help='of oneshui prepare: what its rehearsal expected')
     p.add_argument('--classes', help='names in the order of the outputs, with commas')
     p.add_argument('--options', help='of the model, as JSON')
-    p.add_argument('--fpr', type=float, help='false-positive rate; the controls carry it')
-    p.add_argument('--steps', type=int, help='of relearning; 0: none')
-    p.add_argument('--rate', type=float, help='its learning rate; without it, found')
-    p.add_argument('--views', type=int, help='random views of each questioned image')
-    p.add_argument('--seed', type=int, help='of chance')
+    for name, said in dict(steps='of relearning; 0: none', seed='of chance',
+                           views='random views of each questioned image').items():
+        p.add_argument(f'--{name}', type=int, help=said)
+    for name in ('fpr', 'rate'): p.add_argument(f'--{name}', type=float, help=(
+        'false-positive rate' if name == 'fpr' else 'of relearning; else found'))
     about_images(p)
 
 # %% ../nbs/api/cli.ipynb #d1aa9877
@@ -213,7 +213,7 @@ def do_audit(
         if getattr(a, k) is not None: given[k] = getattr(a, k)
     audit(audit_asked(**given))
 
-# %% ../nbs/api/cli.ipynb #1915ddac
+# %% ../nbs/api/cli.ipynb #60a93b3e
 COMMANDS = {   # name -> what it does, its options, what is done
     'prepare': ('write a kit, while the data is there', prepare_options, do_prepare),
     'forget': ('forget somebody from a portrait', forget_options, do_forget),
@@ -233,6 +233,7 @@ def parser() -> argparse.ArgumentParser:
     each.add_parser('runs', help='stored runs of the chapters: runs check')
     return cli
 
+# %% ../nbs/api/cli.ipynb #a17b2365
 def run(
     argv: list,   # without the name of the program
 ) -> int:         # 0, or 1 after a message

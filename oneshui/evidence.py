@@ -8,7 +8,7 @@ __all__ = ['VIEWED', 'RATES', 'ATTACKS', 'NEVER', 'FORGOTTEN', 'WORDS', 'look', 
            'loss_attack', 'rmia_attack', 'lira_attack', 'range_attack', 'u_lira_auc', 'shuffled_models', 'u_lira_found',
            'attack_verdict', 'corrected', 'attack_all', 'forest_found']
 
-# %% ../nbs/api/evidence.ipynb #b62e4c93
+# %% ../nbs/api/evidence.ipynb #582d2a34
 import itertools, math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from .attacks import attack_summary, auc_and_tpr, augmented_logits
 from .attacks import clopper_pearson, confidence, lira, log_ratio, loss_mia
 from .attacks import rmia_against, roc
 from .audits import FIXED
-from .core import DataError, PresetError
+from .core import PresetError
 from .intervals import holm
 from .metrics import Outputs
 from .oracles import u_lira
@@ -61,7 +61,7 @@ class Case:
         never = self.references or [o for o in [self.retrain] if o is not None]
         return [o for o in never if o is not target]
 
-# %% ../nbs/api/evidence.ipynb #7bc77b05
+# %% ../nbs/api/evidence.ipynb #0661066f
 def simulated_outputs(
     loss: dict,   # set -> [n]
     who: dict,    # set -> [n]
@@ -72,6 +72,7 @@ def simulated_outputs(
     y = {d: torch.ones(len(x), 1) for d, x in loss.items()}
     return Outputs(z, y, who, {d: z[d][None].repeat(3, 1, 1) for d in VIEWED})
 
+# %% ../nbs/api/evidence.ipynb #268ade47
 def simulated_case(
     known: float = 0., after: float = 0.,  # logs of what memory does to the loss
     others: float = 0.,                    # what everybody who stays gains
@@ -114,7 +115,7 @@ def supported_fpr(
                       f'people, there are {people}. Ask for {best:g} or more, or bring '
                       'more controls.')
 
-# %% ../nbs/api/evidence.ipynb #7bf86d56
+# %% ../nbs/api/evidence.ipynb #94188305
 def by_people(
     scores: np.ndarray,  # [n]
     who: np.ndarray,     # [n] whose image it is
@@ -137,13 +138,14 @@ def rank_p(
     drawn = ranks[rng.random((4999, n + m)).argsort(1)[:, :n]].sum(1)
     return float((1 + (drawn >= real).sum()) / 5000)
 
+# %% ../nbs/api/evidence.ipynb #0cb1cf4d
 def least_p(
     asked: int, controls: int,  # people
 ) -> float:
     "The smallest p-value that so many can give."
     return 1 / math.comb(asked + controls, asked)
 
-# %% ../nbs/api/evidence.ipynb #c07a9dfb
+# %% ../nbs/api/evidence.ipynb #282e7074
 def false_alarms(
     members: np.ndarray, others: np.ndarray,  # scores
     at: float,                                # the FPR that is allowed
@@ -155,6 +157,7 @@ def false_alarms(
     return dict(false=100 * share,
                 false_high=100 * clopper_pearson(share * people, people)[1])
 
+# %% ../nbs/api/evidence.ipynb #b3655be6
 def found_by(
     scores: tuple,                # of the questioned, of the controls
     who: tuple,                   # whose they are

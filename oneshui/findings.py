@@ -46,7 +46,7 @@ def headline(
     return ('NOTHING CAN BE SAID: no attack could tell the people who asked from '
             'strangers, not even where it should.')
 
-# %% ../nbs/api/findings.ipynb #efd4d8ab
+# %% ../nbs/api/findings.ipynb #ffbd75ad
 LIMITS = [
     'An attack that finds nothing shows that this attack, with these controls, finds '
     'nothing. A stronger one may exist.',
@@ -59,6 +59,7 @@ LIMITS = [
     'That people and controls differ in nothing but training is assumed. Retrain is the '
     'check of it, where there is one.']
 
+# %% ../nbs/api/findings.ipynb #da039888
 def other_lines(
     r: dict,   # fields of `AuditReport`
 ) -> list:
@@ -82,7 +83,7 @@ def other_lines(
         lines.append(f'On their images its outputs are {more.get(said, said)}{kin}.')
     return lines
 
-# %% ../nbs/api/findings.ipynb #8e198aab
+# %% ../nbs/api/findings.ipynb #3221fcfd
 class AuditReport(Spec):
     "What `oneshui audit` writes."
     kind: str = 'oneshui audit'
@@ -106,6 +107,7 @@ class AuditReport(Spec):
     not_checked: list[dict]    # what, needs
     limits: list[str] = LIMITS
 
+# %% ../nbs/api/findings.ipynb #5d0d4cd3
 def plain(
     x,   # numbers of numpy, NaN, tuples, in tables of tables
 ):
@@ -135,7 +137,7 @@ def rehearsed(
     return dict(scores=found, people=kit.rehearsal.people,
                 same_model=kit.weights_sha == file_sha(check_weights(a.weights)))
 
-# %% ../nbs/api/findings.ipynb #4ce93fa0
+# %% ../nbs/api/findings.ipynb #9f58c791
 def not_looked_at(
     a: Audit, r: dict, missing: list,   # fields of the report; from `attack_all`
 ) -> list:   # dictionaries: what, needs
@@ -155,6 +157,7 @@ def not_looked_at(
                         'a second model trained without them (--references)'))
     return [dict(what=w, needs=n) for w, n in missing]
 
+# %% ../nbs/api/findings.ipynb #3b12f3da
 def about_data(
     o: Opened,
 ) -> dict:
@@ -163,14 +166,13 @@ def about_data(
     return dict(fingerprint=o.faces.fingerprint, task=o.faces.task,
                 **{d: count(s) for d, s in o.sets.items()})
 
-# %% ../nbs/api/findings.ipynb #3388d230
+# %% ../nbs/api/findings.ipynb #80dbd1ac
 def audit(
     a: Audit,
     say: Callable = print,   # what a reader should see on the way
 ) -> AuditReport:            # it lies in the folder now, as JSON and HTML
     "Raises `PresetError` or `DataError` before any long work."
-    o = open_audit(a)
-    case, pair = case_of(a, o, say)
+    case, pair = case_of(a, o := open_audit(a), say)
     attacks, missing = attack_all(case, a.fpr)
     if u := u_lira_row(case): attacks['u_lira'] = u
     r = dict(attacks=attacks, forest={k: forest_found(x) for k, x in case.models.items()},
@@ -190,7 +192,7 @@ def audit(
     for line in (report.headline, *report.summary, f'Written: {a.out}'): say(line)
     return report
 
-# %% ../nbs/api/findings.ipynb #dc13312c
+# %% ../nbs/api/findings.ipynb #1303c3ad
 COLOURS = dict(before='#D55E00', after='#0072B2', retrain='#999999')
 
 def attacks_drawn(
@@ -207,6 +209,7 @@ def attacks_drawn(
            yticklabels=[a['title'] for a in attacks.values()])
     ax.legend(frameon=False, fontsize=7)
 
+# %% ../nbs/api/findings.ipynb #d0cc3220
 def people_drawn(
     ax, people: list,
     most: int = 25,   # lines
@@ -220,7 +223,7 @@ def people_drawn(
     ax.set(yticks=range(0, -len(rows), -1), xlabel='mean loss', title='Who asked',
            yticklabels=[p['person'][:16] for p in rows])
 
-# %% ../nbs/api/findings.ipynb #e2032350
+# %% ../nbs/api/findings.ipynb #41ee174e
 def gains_drawn(
     ax, case: Case,
 ):
@@ -244,6 +247,7 @@ def relearning_drawn(
                 color=COLOURS[k], label=k)
     ax.axhline(50, color='.7', lw=.8)
 
+# %% ../nbs/api/findings.ipynb #e278ed21
 def pictures(
     r: AuditReport, case: Case,
 ) -> str:   # SVG

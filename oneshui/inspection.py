@@ -28,7 +28,7 @@ from .photos import People, Photos, PhotoSet, read_people
 from .preparing import answered
 from .vit import TrainSpec
 
-# %% ../nbs/api/inspection.ipynb #506db0dd
+# %% ../nbs/api/inspection.ipynb #19afaf9d
 class Audit(Spec):
     "What somebody wants to know, and what they bring."
     model: str                        # timm:…, torchvision:…, transformers:…, module:…
@@ -52,6 +52,7 @@ class Audit(Spec):
     crop: Annotated[float, Field(gt=0, le=1)] = .7      # what a view keeps at least
     seed: Annotated[int, Field(ge=0)] = 0
 
+# %% ../nbs/api/inspection.ipynb #5ee983fb
 def audit_asked(
     **given,   # fields of `Audit`
 ) -> Audit:
@@ -64,7 +65,7 @@ def audit_asked(
                           'who asked and one without them.')
     return a
 
-# %% ../nbs/api/inspection.ipynb #1136f73a
+# %% ../nbs/api/inspection.ipynb #bbf88940
 def check_folder(
     folder: str | Path,
 ) -> Path:
@@ -78,6 +79,7 @@ def check_folder(
         raise DataError(f'{there}: cannot be written to. Name another folder with --out.')
     return folder
 
+# %% ../nbs/api/inspection.ipynb #f2f0bc65
 def codes_of(
     names: list,     # of people who asked
     people: People,
@@ -97,7 +99,7 @@ def codes_of(
         raise DataError(f'{file}: everybody in train asked. Nobody is left who stayed.')
     return np.array(sorted({known[n] for n in names}))
 
-# %% ../nbs/api/inspection.ipynb #84d33d0d
+# %% ../nbs/api/inspection.ipynb #41d8fea2
 def halves(
     people: People,
     file: str,
@@ -114,6 +116,7 @@ def halves(
                         'test. Move all rows of a person to one of them.')
     return val, test
 
+# %% ../nbs/api/inspection.ipynb #da3978d7
 def audit_sets(
     people: People, photos: Photos,
     asked: np.ndarray,   # codes
@@ -128,7 +131,7 @@ def audit_sets(
                 stranger=test[np.unique(who[test], return_index=True)[1]])
     return {d: PhotoSet(photos, r) for d, r in rows.items() if len(r)}
 
-# %% ../nbs/api/inspection.ipynb #bb91eadd
+# %% ../nbs/api/inspection.ipynb #642eb246
 @dataclass
 class Opened:
     "Models by name, images by set."
@@ -141,6 +144,7 @@ class Opened:
         "A fresh copy of a model."
         return self.source.load(path)
 
+# %% ../nbs/api/inspection.ipynb #dc6e30ac
 def open_audit(
     a: Audit,
 ) -> Opened:
@@ -190,7 +194,7 @@ def averages(
                  score=score(o.logits[d], o.targets[d]), loss=float(o.loss(d).mean()))
             for k, o in case.models.items() for d in o.logits if d != 'stranger']
 
-# %% ../nbs/api/inspection.ipynb #46a0bfbc
+# %% ../nbs/api/inspection.ipynb #94e2b58d
 def relearn(
     a: Audit, o: Opened,
 ) -> dict:   # as of `relearning_found`, with the learning rate
@@ -206,6 +210,7 @@ def relearn(
     who = o.sets['forget'].identity, o.sets['test'].identity
     return dict(rate=rate, batches=a.steps) | relearning_found(curves, who)
 
+# %% ../nbs/api/inspection.ipynb #6b169a8a
 def u_lira_row(
     case: Case,
 ) -> dict | None:   # as one of `attack_all`

@@ -18,7 +18,7 @@ from .runs import RunSpec, RunStore, first_training, make_runs, measure
 from .runs import question
 from .vit import ImageSet, TrainSpec, optimiser, predict, train_epoch
 
-# %% ../nbs/api/probes.ipynb #1a245d69
+# %% ../nbs/api/probes.ipynb #f2018a3e
 def endless(
     images: ImageSet,
     t: TrainSpec,  # the recipe
@@ -28,6 +28,7 @@ def endless(
     once = lambda: images.batches(t.batch_size, True, t.crop, device, t.workers)
     return chain.from_iterable(once() for _ in repeat(None))
 
+# %% ../nbs/api/probes.ipynb #3e2a3688
 def relearned(
     model: torch.nn.Module,  # changed in place
     retain: ImageSet,        # D_r
@@ -77,7 +78,7 @@ def relearning_runs(
     return pd.concat([pd.DataFrame(t).assign(**run_names(*run)) for run, t in each],
                      ignore_index=True)
 
-# %% ../nbs/api/probes.ipynb #6b9a21e7
+# %% ../nbs/api/probes.ipynb #6aabb6f4
 def outputs_at(
     store: RunStore,
     s: RunSpec,
@@ -97,6 +98,7 @@ def nearer(
     d_before, d_never = (np.linalg.norm(z - x, axis=1) for x in (before, never))
     return (d_before - d_never) / np.maximum(d_before + d_never, 1e-12)
 
+# %% ../nbs/api/probes.ipynb #95c887e9
 @question(version=1)
 def nearness(
     store: RunStore,
