@@ -142,7 +142,7 @@ def best_rate(
         if np.isfinite(now) and now <= 1.1 * before: return lr
     return LADDER[-1]
 
-# %% ../nbs/api/aftermath.ipynb #67879d4f
+# %% ../nbs/api/aftermath.ipynb #e35f3139
 def look_found(
     now: dict, witness: dict | None,   # set -> losses [n], at one look
     who: tuple,                        # whose images: of who asked, of controls
@@ -150,7 +150,7 @@ def look_found(
     "Are they known better than controls, at one look?"
     score = {d: confidence(now[d]) - (0 if witness is None else confidence(witness[d]))
              for d in now}
-    asked, controls = by_people(score['forget'], who[0]), by_people(score['test'], who[1])
+    asked, controls = (by_people(score[d], w) for d, w in zip(('forget', 'test'), who))
     auc = auc_and_tpr(*roc(asked.to_numpy(), controls.to_numpy()), 1.)[0, 0]
     return dict(forget_loss=float(now['forget'].mean()),
                 test_loss=float(now['test'].mean()), auc=100 * float(auc),
@@ -210,12 +210,13 @@ def nearness_found(
                  difference=asked['nearness'] - controls['nearness'])
     return found | dict(verdict=nearness_verdict(found))
 
-# %% ../nbs/api/aftermath.ipynb #4d393669
+# %% ../nbs/api/aftermath.ipynb #a5ecdda4
 def nearness_verdict(
     found: dict,   # from `nearness_found`
 ) -> str:
     "Nearer to which end, as far as the interval says."
     ends = found if found['kin'] else found['asked']
-    if ends['low'] > 0: return 'towards Retrain' if found['kin'] else 'nearer to Retrain'
-    if ends['high'] < 0: return 'towards Pretrain' if found['kin'] else 'nearer to Pretrain'
+    how = 'towards' if found['kin'] else 'nearer to'
+    if ends['low'] > 0: return f'{how} Retrain'
+    if ends['high'] < 0: return f'{how} Pretrain'
     return 'undecided'

@@ -171,16 +171,15 @@ def do_show(
     print(limits(kit, lines[-1].path if lines else 0.)[1])
     print(f'{len(lines)} requests; every hash of the ledger is as it was written.')
 
-# %% ../nbs/api/cli.ipynb #140bd0f3
+# %% ../nbs/api/cli.ipynb #173b4b3a
 def audit_options(
     p: argparse.ArgumentParser,
 ):
     "What `oneshui audit` asks for."
-    p.add_argument('--model', required=True, help='as for prepare')
     p.add_argument('--data', required=True, help='a CSV (path, identity, split, '
                    'targets) or a folder; val and test are the controls')
     for name, said in dict(
-            weights='before: a .safetensors file', after='after forgetting',
+            model='as for prepare', weights='before: .safetensors', after='after it',
             people='who asked, with commas', out='folder to write').items():
         p.add_argument(f'--{name}', required=True, help=said)
     p.add_argument('--retrain', help='a model trained without them')

@@ -115,7 +115,7 @@ def supported_fpr(
                       f'people, there are {people}. Ask for {best:g} or more, or bring '
                       'more controls.')
 
-# %% ../nbs/api/evidence.ipynb #94188305
+# %% ../nbs/api/evidence.ipynb #82148522
 def by_people(
     scores: np.ndarray,  # [n]
     who: np.ndarray,     # [n] whose image it is
@@ -129,12 +129,14 @@ def rank_p(
 ) -> float:
     "p-value of the rank sum: exact, or of 4,999 draws, or by its normal limit."
     n, m = len(asked), len(controls)
-    if min(n, m) > 20: return float(mannwhitneyu(asked, controls, alternative=side).pvalue)
+    if min(n, m) > 20:
+        return float(mannwhitneyu(asked, controls, alternative=side).pvalue)
     both = np.concatenate([asked, controls])
     ranks = rankdata(both if side == 'greater' else -both)
     real, rng = ranks[:n].sum() - 1e-9, np.random.default_rng(0)
     if math.comb(n + m, n) <= 5000:
-        return float(np.mean([sum(w) >= real for w in itertools.combinations(ranks, n)]))
+        every = itertools.combinations(ranks, n)
+        return float(np.mean([sum(w) >= real for w in every]))
     drawn = ranks[rng.random((4999, n + m)).argsort(1)[:, :n]].sum(1)
     return float((1 + (drawn >= real).sum()) / 5000)
 
@@ -318,7 +320,7 @@ WORDS = {
                    'who asked.',
     'not found': 'It finds the people in the model before, and not in the model after.'}
 
-# %% ../nbs/api/evidence.ipynb #c22c2aeb
+# %% ../nbs/api/evidence.ipynb #6b51aee9
 def corrected(
     each: list,   # what was found on one model, one dictionary for each attack
 ) -> list:        # the same, p and p_less corrected for their number; raw_p as it was
@@ -328,6 +330,7 @@ def corrected(
             f['raw_' + k], f[k] = f[k], float(p)
     return each
 
+# %% ../nbs/api/evidence.ipynb #eadb677d
 def attack_all(
     case: Case,
     at: float | None = None,  # false-positive rate
@@ -339,7 +342,8 @@ def attack_all(
         each = {k: found_by(*x, at) for k, x in asked.items() if x is not None}
         if 'after' in each: found[name] = a, each
         else: missing.append((a.title, a.needs))
-    for k in case.models: corrected([each[k] for _, each in found.values() if k in each])
+    for k in case.models:
+        corrected([each[k] for _, each in found.values() if k in each])
     said = {name: attack_verdict(each) for name, (_, each) in found.items()}
     return {name: dict(title=a.title, source=a.source, models=each, verdict=said[name],
                        words=WORDS[said[name]])

@@ -46,7 +46,7 @@ def headline(
     return ('NOTHING CAN BE SAID: no attack could tell the people who asked from '
             'strangers, not even where it should.')
 
-# %% ../nbs/api/findings.ipynb #ffbd75ad
+# %% ../nbs/api/findings.ipynb #f8f020b1
 LIMITS = [
     'An attack that finds nothing shows that this attack, with these controls, finds '
     'nothing. A stronger one may exist.',
@@ -56,10 +56,10 @@ LIMITS = [
     'looked at.',
     'Who can compare the model before with the model after may learn from the '
     'difference who asked, and more about them.',
-    'That people and controls differ in nothing but training is assumed. Retrain is the '
-    'check of it, where there is one.']
+    'That people and controls differ in nothing but training is assumed. Retrain is '
+    'the check of it, where there is one.']
 
-# %% ../nbs/api/findings.ipynb #da039888
+# %% ../nbs/api/findings.ipynb #29acb9ca
 def other_lines(
     r: dict,   # fields of `AuditReport`
 ) -> list:
@@ -68,9 +68,9 @@ def other_lines(
     lines = [f'{still} of {n} people, one by one, are still better known than 95 % of '
              f'controls; chance alone gives {.05 * n:.1f}.']
     b = r['bystanders']['after']
-    words = {'easier': 'Others BECAME EASIER to recognise', 'not found': 'Nobody else is '
-             'found to have become easier to recognise', 'too few people': 'Too few '
-             'controls to say whether others became easier to recognise'}
+    words = {'easier': 'Others BECAME EASIER to recognise',
+             'not found': 'Nobody else is found to have become easier to recognise',
+             'too few people': 'Too few controls to say whether others became easier'}
     lines.append(f'{words[b["verdict"]]}: {b["easier"]:.0f} % of {b["people"]} others '
                  f'gained more than 95 % of controls did [{b["easier_low"]:.0f}, '
                  f'{b["easier_high"]:.0f}]; chance alone gives 5 %.')
@@ -107,7 +107,7 @@ class AuditReport(Spec):
     not_checked: list[dict]    # what, needs
     limits: list[str] = LIMITS
 
-# %% ../nbs/api/findings.ipynb #5d0d4cd3
+# %% ../nbs/api/findings.ipynb #0cadcef4
 def plain(
     x,   # numbers of numpy, NaN, tuples, in tables of tables
 ):
@@ -116,8 +116,8 @@ def plain(
     if isinstance(x, (list, tuple)): return [plain(v) for v in x]
     if isinstance(x, (bool, np.bool_)): return bool(x)
     if isinstance(x, np.integer): return int(x)
-    if isinstance(x, (float, np.floating)): return float(x) if math.isfinite(x) else None
-    return x
+    if not isinstance(x, (float, np.floating)): return x
+    return float(x) if math.isfinite(x) else None
 
 # %% ../nbs/api/findings.ipynb #0e98a862
 KIT_SETS = dict(own_score='forget', others_score='retain', strangers_score='test')
@@ -166,7 +166,7 @@ def about_data(
     return dict(fingerprint=o.faces.fingerprint, task=o.faces.task,
                 **{d: count(s) for d, s in o.sets.items()})
 
-# %% ../nbs/api/findings.ipynb #80dbd1ac
+# %% ../nbs/api/findings.ipynb #19ca35dd
 def audit(
     a: Audit,
     say: Callable = print,   # what a reader should see on the way
@@ -175,17 +175,17 @@ def audit(
     case, pair = case_of(a, o := open_audit(a), say)
     attacks, missing = attack_all(case, a.fpr)
     if u := u_lira_row(case): attacks['u_lira'] = u
-    r = dict(attacks=attacks, forest={k: forest_found(x) for k, x in case.models.items()},
-             people=people_found(case, o.faces.identities).to_dict('records'),
-             averages=averages(case), bystanders=everybody_else(case, o.faces.identities),
+    names, judged = o.faces.identities, case.models.items()
+    r = dict(attacks=attacks, forest={k: forest_found(x) for k, x in judged},
+             people=people_found(case, names).to_dict('records'),
+             averages=averages(case), bystanders=everybody_else(case, names),
              relearning=relearn(a, o) if a.steps else None,
              nearness=whom_like(case, pair),
              rehearsal=rehearsed(a, case) if a.kit else None,
              fpr=next(iter(attacks.values()))['models']['after']['fpr'])
-    r['not_checked'] = not_looked_at(a, r, missing)
-    r |= dict(headline=headline(attacks, r['relearning']), summary=other_lines(r),
-              data=about_data(o), made=today(), versions=versions(),
-              model=dict(name=a.model, preprocessing=o.source.preprocessing.model_dump()),
+    r |= dict(not_checked=not_looked_at(a, r, missing), headline=headline(attacks, r['relearning']),
+              summary=other_lines(r), data=about_data(o), made=today(),
+              versions=versions(), model=o.source.model_dump(),
               files={str(p): file_sha(p) for p in every(o.paths)})
     report = AuditReport(**plain(r))
     write_findings(report, pictures(report, case), Path(a.out))
@@ -223,7 +223,7 @@ def people_drawn(
     ax.set(yticks=range(0, -len(rows), -1), xlabel='mean loss', title='Who asked',
            yticklabels=[p['person'][:16] for p in rows])
 
-# %% ../nbs/api/findings.ipynb #41ee174e
+# %% ../nbs/api/findings.ipynb #b6de9127
 def gains_drawn(
     ax, case: Case,
 ):
@@ -241,7 +241,8 @@ def relearning_drawn(
 ):
     "AUC over steps on retained data."
     ax.set(title='Relearning', xlabel='steps on retained data', ylabel='AUC')
-    if found is None: ax.text(.5, .5, 'not checked', ha='center', transform=ax.transAxes)
+    if found is None:
+        ax.text(.5, .5, 'not checked', ha='center', transform=ax.transAxes)
     for k, looks in (found or dict(models={}))['models'].items():
         ax.plot([x['steps'] for x in looks], [x['auc'] for x in looks], 'o-', ms=4,
                 color=COLOURS[k], label=k)

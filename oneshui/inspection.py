@@ -28,7 +28,7 @@ from .photos import People, Photos, PhotoSet, read_people
 from .preparing import answered
 from .vit import TrainSpec
 
-# %% ../nbs/api/inspection.ipynb #19afaf9d
+# %% ../nbs/api/inspection.ipynb #923c1f73
 class Audit(Spec):
     "What somebody wants to know, and what they bring."
     model: str                        # timm:…, torchvision:…, transformers:…, module:…
@@ -40,7 +40,7 @@ class Audit(Spec):
     retrain: str | None = None        # trained without them
     references: list[str] = []        # further ones, or for another reason without them
     forgotten: list[str] = []         # other trainings that forgot them
-    pair: Annotated[list[str], Field(max_length=2)] = []  # another training: with, without
+    pair: Annotated[list[str], Field(max_length=2)] = []  # another: with, without
     kit: str | None = None            # of `oneshui prepare`
     classes: list[str] | None = None  # in the order of the outputs
     options: dict = {}                # of the model
@@ -65,7 +65,7 @@ def audit_asked(
                           'who asked and one without them.')
     return a
 
-# %% ../nbs/api/inspection.ipynb #bbf88940
+# %% ../nbs/api/inspection.ipynb #4f2bd60b
 def check_folder(
     folder: str | Path,
 ) -> Path:
@@ -74,12 +74,13 @@ def check_folder(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f'{folder}: exists already. Name another folder with --out; a '
                         'report is not overwritten.')
-    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    above = (folder.absolute(), *folder.absolute().parents)
+    there = next(p for p in above if p.exists())
     if not os.access(there, os.W_OK):
-        raise DataError(f'{there}: cannot be written to. Name another folder with --out.')
+        raise DataError(f'{there}: cannot be written to. Name another with --out.')
     return folder
 
-# %% ../nbs/api/inspection.ipynb #f2f0bc65
+# %% ../nbs/api/inspection.ipynb #4da39310
 def codes_of(
     names: list,     # of people who asked
     people: People,
@@ -92,7 +93,8 @@ def codes_of(
         if n in known: continue
         there = n in f.identities
         near = ', '.join(difflib.get_close_matches(n, known, 3)) or 'nobody'
-        why = 'has no image with split = train' if there else f'is not there; near: {near}'
+        why = f'is not there; near: {near}'
+        if there: why = 'has no image with split = train'
         raise DataError(f'{file}: "{n}" {why}. --people names who asked, as the '
                         'column identity has them.')
     if len({*names}) == len(known):
@@ -144,7 +146,7 @@ class Opened:
         "A fresh copy of a model."
         return self.source.load(path)
 
-# %% ../nbs/api/inspection.ipynb #dc6e30ac
+# %% ../nbs/api/inspection.ipynb #4a74f907
 def open_audit(
     a: Audit,
 ) -> Opened:
@@ -159,13 +161,15 @@ def open_audit(
     for p in every(paths): source.load(p)
     people = read_people(a.data, source.outputs, a.classes or classes)
     asked = codes_of(a.people, people, a.data)
-    supported_fpr(len(np.unique(people.faces.identity[halves(people, a.data)[1]])), a.fpr)
+    controls = people.faces.identity[halves(people, a.data)[1]]
+    supported_fpr(len(np.unique(controls)), a.fpr)
     photos = Photos(people.faces, source.preprocessing)
     if people.own_labels: people = answered(people, photos, model)
     return Opened(source, paths, audit_sets(people, photos, asked, a.data), people.faces)
 
 MANY = 'references', 'forgotten', 'pair'
 
+# %% ../nbs/api/inspection.ipynb #5957e34a
 def every(
     paths: dict,   # of `Opened`
 ) -> list:
@@ -194,19 +198,21 @@ def averages(
                  score=score(o.logits[d], o.targets[d]), loss=float(o.loss(d).mean()))
             for k, o in case.models.items() for d in o.logits if d != 'stranger']
 
-# %% ../nbs/api/inspection.ipynb #94e2b58d
+# %% ../nbs/api/inspection.ipynb #55f2e051
 def relearn(
     a: Audit, o: Opened,
 ) -> dict:   # as of `relearning_found`, with the learning rate
     "The relearning probe on every model that is judged."
     plain = TrainSpec(lr=.1, momentum=.9, weight_decay=0., crop=1, clip=1.,
                       precision='fp32', workers=0)
-    rate = a.rate or best_rate(lambda: o.load(o.paths['before']), o.sets, plain, a.steps)
+    fresh = lambda: o.load(o.paths['before'])
+    rate = a.rate or best_rate(fresh, o.sets, plain, a.steps)
     t = plain.model_copy(update=dict(lr=rate))
     steps = tuple(sorted({0, *(a.steps * k // 8 for k in (1, 2, 4, 8))}))
     models = {k: o.paths[k] for k in ('before', 'after', 'retrain') if o.paths[k]}
     if o.paths['references']: models['reference'] = o.paths['references'][0]
-    curves = {k: curve_of(o.load(p), o.sets, t, steps, a.seed) for k, p in models.items()}
+    curves = {k: curve_of(o.load(p), o.sets, t, steps, a.seed)
+              for k, p in models.items()}
     who = o.sets['forget'].identity, o.sets['test'].identity
     return dict(rate=rate, batches=a.steps) | relearning_found(curves, who)
 
