@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['TRAIN', 'VAL', 'TEST', 'FaceTable', 'hash_table', 'hash_files', 'Faces', 'make_faces', 'ByPerson', 'by_person',
            'split_people', 'draw_askers', 'draw_support', 'divide', 'Partition', 'check_request', 'Request',
-           'make_request', 'portrait', 'plot_request', 'ranges', 'simulate_requests', 'decode_all', 'Pixels',
+           'make_request', 'as_rgb', 'portrait', 'plot_request', 'ranges', 'simulate_requests', 'decode_all', 'Pixels',
            'RoughPixels', 'open_map']
 
-# %% ../nbs/00_data_splits.ipynb #c4c966e6
+# %% ../nbs/00_data_splits.ipynb #e7db7aab
 import hashlib, json, os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from filelock import FileLock
-from PIL import Image
+from PIL import Image, ImageOps
 from .core import DataError, PresetError, progress, write_atomically
 
 # %% ../nbs/00_data_splits.ipynb #b22fe562
@@ -290,7 +290,29 @@ def make_request(
                 support=support, forget_identities=asked, **sets)
     return check_request(r, faces)
 
-# %% ../nbs/00_data_splits.ipynb #0ee505af
+# %% ../nbs/00_data_splits.ipynb #f330a9d8
+def as_rgb(
+    im: Image.Image,   # as it was opened
+) -> tuple:            # RGB image, list of what was done to it
+    "Upright, eight bits, three channels. Raises `ValueError` for brightness in floats."
+    done, turned = [], ImageOps.exif_transpose(im)
+    if turned.size != im.size or im.getexif().get(0x0112, 1) != 1:
+        done.append('turned as its EXIF says')
+    im = turned
+    if im.mode == 'F': raise ValueError('floating-point pixels; save it as PNG or JPEG')
+    if im.mode.startswith('I'):
+        a = np.asarray(im).astype(np.int64)
+        im = Image.fromarray((a >> 8).clip(0, 255).astype(np.uint8))
+        done.append('16 bits reduced to 8')
+    if im.mode in ('RGBA', 'LA', 'PA') or 'transparency' in im.info:
+        im = im.convert('RGBA')
+        ground = Image.new('RGBA', im.size, 'white')
+        im = Image.alpha_composite(ground, im)
+        done.append('put on white where it was transparent')
+    elif im.mode not in ('RGB', 'L'): done.append(f'converted from {im.mode}')
+    return im.convert('RGB'), done
+
+# %% ../nbs/00_data_splits.ipynb #ccd56019
 def portrait(
     faces: Faces,
     i: int,                   # row of the table
@@ -299,7 +321,7 @@ def portrait(
     "Image `i`, resized if a size is given. Raises `DataError` naming a bad file."
     path = faces.root / faces.paths[i]
     try:
-        with Image.open(path) as im: im = im.convert('RGB')
+        with Image.open(path) as im: im = as_rgb(im)[0]
     except (OSError, SyntaxError, ValueError) as e:
         raise DataError(f'{path}: cannot be decoded ({e}). Restore the file, or delete '
                         'it: missing images are skipped and counted.') from e

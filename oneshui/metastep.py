@@ -694,13 +694,14 @@ def named_support(
     who = positions(support.identity, known) if 'identities' in inputs else known[:0]
     return x, y, torch.from_numpy(who).to(x.device)
 
-# %% ../nbs/12_metastep.ipynb #c78e76f9
+# %% ../nbs/12_metastep.ipynb #ccd33f02
 def metastep_prepare(model, train, val, *,
     simulated_size: Count,         # people in a simulated request; a run fills in N_S
     sizes: Sizes = PerBand(),      # how far: H
     loss: Loss = Task(),           # what is descended: M
     predicted_labels: bool = False,# the model's own answers, for which nobody is asked
     objective: one_of(ForgetAndKeep, Alignment, Scrub) = ForgetAndKeep(),  # A
+    start: Count = 2,              # requests that a first common size is found on
     requests: Count = 30,          # that ψ is learned from
     lr: Rate = .2,                 # of Adam on ψ
     lr_loss: Rate = 1e-3,          # of Adam on φ
@@ -717,7 +718,8 @@ def metastep_prepare(model, train, val, *,
     parts = sim, Step(model, M, H), objective, torch.optim.Adam(rates), requests
     last = partial(calibrate, requests=calibration) if calibration else None
     learner = MetaLearner(*parts, predicted_labels)
-    learner.fit(sim.requests(requests), find_start, last)
+    first = partial(find_start, requests=start)
+    learner.fit(sim.requests(requests), first, last)
     return stored(H=H, M=M) | learner.record()
 
 # %% ../nbs/12_metastep.ipynb #db16ab99

@@ -24,7 +24,7 @@ from .core import DataError, PresetError, Registry, Spec, device_of, progress
 from .core import precision as autocast
 from .metrics import task_loss
 
-# %% ../nbs/02_baselines.ipynb #6005fdc9
+# %% ../nbs/02_baselines.ipynb #268e86b0
 def importance(
     model: nn.Module,
     images,                 # anything with .batches
@@ -35,7 +35,8 @@ def importance(
     total, n = [torch.zeros_like(p) for p in θ], 0
     for x, y in images.batches(batch_size, True, device=device_of(model)):
         loss = task_loss(model(x), y)
-        for t, g in zip(total, torch.autograd.grad(loss, θ)): t.add_(g ** 2)
+        grads = torch.autograd.grad(loss, θ, materialize_grads=True)   # 0 if unused
+        for t, g in zip(total, grads): t.add_(g ** 2)
         n += 1
     return {k: t / n for k, t in zip(names, total)}
 
@@ -248,7 +249,7 @@ def method_rows() -> list:
     few = one_shot()
     return ['pretrain', 'retrain', *few, *(k for k in METHODS if k not in few)]
 
-# %% ../nbs/02_baselines.ipynb #35143a65
+# %% ../nbs/02_baselines.ipynb #bc4393a5
 def projected_layers(
     model: nn.Module,
 ) -> dict:             # name -> layer
@@ -265,7 +266,10 @@ def input_rows(
     "What a layer's weight is multiplied with: tokens, or patches under a convolution."
     if isinstance(layer, nn.Conv2d):
         apart, stride = (1, 1) if everywhere else (layer.dilation, layer.stride)
-        a = F.unfold(a, layer.kernel_size, apart, layer.padding, stride)
+        pad = layer.padding
+        if isinstance(pad, str):   # 'same' may have one more pixel on one side
+            a, pad = F.pad(a, layer._reversed_padding_repeated_twice), 0
+        a = F.unfold(a, layer.kernel_size, apart, pad, stride)
         a = a.transpose(1, 2)
     return a.reshape(-1, a.shape[-1]).float()
 
@@ -341,7 +345,7 @@ def pgu_prepare(model, train, val, *,
     theirs = covariance == 'released'
     return input_covariance(model, train, batch_size, .08 if theirs else None, theirs)
 
-# %% ../nbs/02_baselines.ipynb #5053ac57
+# %% ../nbs/02_baselines.ipynb #4e2c526a
 @method('PGU', source='Hoang et al., WACV 2024', colour='#029e73', prepare=pgu_prepare,
         released=dict(multilabel='released', covariance='released', precision='bf16'))
 def pgu(model, support, state, *,
@@ -355,13 +359,13 @@ def pgu(model, support, state, *,
     theirs, dev = covariance == 'released', device_of(model)
     C_S = input_covariance(model, support, batch_size, None, theirs)
     P = {k: projection(state[k].to(dev) - C, gamma) for k, C in C_S.items()}
-    W = {k: m.weight for k, m in projected_layers(model).items()}
+    W = {k: m.weight for k, m in projected_layers(model).items() if k in P}   # ran
     opt = torch.optim.SGD(W.values(), lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, epochs)
     for _ in range(epochs):
         for x, y in support.batches(batch_size, True, device=dev):
             loss = pgu_loss(answers(model, x, precision), y, multilabel)
-            g = torch.autograd.grad(loss, list(W.values()))
+            g = torch.autograd.grad(loss, list(W.values()), materialize_grads=True)
             for (k, w), gk in zip(W.items(), g): w.grad = away(gk, P[k])
             opt.step()
         schedule.step()

@@ -313,13 +313,15 @@ def read_mufac_merged(
     "MUFAC with identities that share an image joined to people. Raises `DataError`."
     return merge_identities(read_mufac(root, check_images))
 
-# %% ../nbs/api/readers.ipynb #38e6cc0f
+# %% ../nbs/api/readers.ipynb #86b9a258
 def _targets(t, path):
     # (targets, task, classes) from all columns but path and identity
     t = t.drop(columns=['path', 'identity'])
     if len(t.columns) == 1:
-        codes, classes = pd.factorize(t.iloc[:, 0], sort=True)
-        return codes, 'multiclass', list(classes)
+        names = pd.unique(t.iloc[:, 0])
+        numbers = all(n.isdecimal() for n in names)   # 10 comes after 2
+        classes = sorted(names, key=int if numbers else str)
+        return pd.Categorical(t.iloc[:, 0], classes).codes, 'multiclass', classes
     for c in t.columns:
         _demand(t[c].isin(['0', '1', '-1']), t, path, lambda row: (
             f'{c} is "{row[c]}"; a multi-label target is 0 or 1.'))

@@ -646,8 +646,10 @@ def accept(
     else: code = code_behind(kept['made_by'])
     write_atomically(file, json.dumps(kept | dict(code=code), indent=1))
 
-# %% ../nbs/api/runs.ipynb #daf8b54d
-def main():
+# %% ../nbs/api/runs.ipynb #3c26028f
+def main(
+    argv: list | None = None,   # without the name of the program; None: the line
+):
     "The command `oneshui`: `oneshui runs check [--store runs] [--accept]`."
     cli = argparse.ArgumentParser('oneshui', description='The run store.')
     runs = cli.add_subparsers(required=True).add_parser('runs', help='stored runs')
@@ -655,7 +657,7 @@ def main():
     check.add_argument('--store', default='runs', help='its folder (default: runs)')
     check.add_argument('--accept', action='store_true', help='the code changed, the '
                        'numbers did not (goldens say so): keep what is not damaged')
-    asked = cli.parse_args()
+    asked = cli.parse_args(argv)
     root = Path(asked.store)
     if not root.is_dir(): sys.exit(f'{root}: no such folder. Say --store FOLDER.')
     if asked.accept:
