@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WORDS', 'arm_of', 'expected', 'cost_of_own_answers', 'not_checked', 'picture', 'limits', 'as_html', 'write_report']
 
-# %% ../nbs/api/reports.ipynb #9f94a096
-import io, json
+# %% ../nbs/api/reports.ipynb #81efcb64
+import io, json, re
 from importlib.resources import files
 from pathlib import Path
 import matplotlib.pyplot as plt, pandas as pd
@@ -70,7 +70,7 @@ def not_checked(
     if not checks: said.append('Any image beside the portrait: none was named (--check).')
     return said
 
-# %% ../nbs/api/reports.ipynb #7a1a99b4
+# %% ../nbs/api/reports.ipynb #700a478b
 def picture(
     kit: Kit,
     moved: float, path: float,   # of this step, of all steps
@@ -90,7 +90,8 @@ def picture(
     out = io.StringIO()
     fig.savefig(out, format='svg')
     plt.close(fig)
-    return out.getvalue().partition('<svg')[1] + out.getvalue().partition('<svg')[2]
+    drawn = re.search('<svg.*', out.getvalue(), re.S)[0]
+    return re.sub('<metadata>.*?</metadata>', '', drawn, flags=re.S)   # of its maker
 
 # %% ../nbs/api/reports.ipynb #b633e0ac
 def limits(
