@@ -19,7 +19,7 @@ from .reports import limits
 from .rehearsal import summary
 from .runs import main as check_store
 
-# %% ../nbs/api/cli.ipynb #da1052a9
+# %% ../nbs/api/cli.ipynb #7652f623
 def setting(
     text: str,   # name=value; the value may be JSON
 ) -> tuple:      # name, value
@@ -45,6 +45,7 @@ def table(
     if isinstance(found, dict): return found
     raise PresetError(f'{what}: {text[:60]} is no table. Write {{"name": value}}.')
 
+# %% ../nbs/api/cli.ipynb #1ec93d8b
 def numbers(
     values: list | None,   # one number, or three
 ) -> list | None:
@@ -168,7 +169,7 @@ def do_show(
     print(limits(kit, lines[-1].path if lines else 0.)[1])
     print(f'{len(lines)} requests; every hash of the ledger is as it was written.')
 
-# %% ../nbs/api/cli.ipynb #9659c177
+# %% ../nbs/api/cli.ipynb #276d7e25
 COMMANDS = {   # name -> what it does, its options, what is done
     'prepare': ('write a kit, while the data is there', prepare_options, do_prepare),
     'forget': ('forget somebody from a portrait', forget_options, do_forget),
@@ -186,6 +187,7 @@ def parser() -> argparse.ArgumentParser:
     each.add_parser('runs', help='stored runs of the chapters: runs check')
     return cli
 
+# %% ../nbs/api/cli.ipynb #41eb506b
 def run(
     argv: list,   # without the name of the program
 ) -> int:         # 0, or 1 after a message

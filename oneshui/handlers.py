@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LIBRARIES', 'CONVERT', 'WRAPPERS', 'Preprocessing', 'preprocessing', 'from_timm', 'from_torchvision',
            'from_transformers', 'from_function', 'build', 'check_weights', 'read_weights', 'fill', 'last_linear',
-           'outputs_in', 'Classifier', 'find_head', 'checked', 'ModelSource', 'open_model']
+           'outputs_in', 'Classifier', 'find_head', 'check_answer', 'checked', 'ModelSource', 'open_model']
 
 # %% ../nbs/api/handlers.ipynb #1c46ba50
 import difflib, importlib, importlib.util, json, math
@@ -229,7 +229,7 @@ def check_weights(
                           'write it with safetensors.torch.save_file.') from e
     return path
 
-# %% ../nbs/api/handlers.ipynb #50091683
+# %% ../nbs/api/handlers.ipynb #a5079838
 WRAPPERS = ('module.', '_orig_mod.')   # what DataParallel and torch.compile put before
 
 def read_weights(
@@ -242,6 +242,7 @@ def read_weights(
             found = {k[len(w):]: v for k, v in found.items()}
     return {k: v.float() if v.is_floating_point() else v for k, v in found.items()}
 
+# %% ../nbs/api/handlers.ipynb #31b0b53f
 def fill(
     net: nn.Module,   # gets the weights
     tensors: dict,    # name -> tensor
@@ -283,15 +284,14 @@ def outputs_in(
     w = tensors.get(f'{last_linear(net)}.weight')
     return None if w is None else len(w)
 
-# %% ../nbs/api/handlers.ipynb #36d757ab
+# %% ../nbs/api/handlers.ipynb #6e4354f8
 class Classifier(nn.Module):
     "Any network in the form that methods want: logits, and what its head is fed with."
     def __init__(self,
         net: nn.Module,    # as it was built
         head: str | None,  # name of its last linear layer; None: it has none
     ):
-        super().__init__()
-        self.net, self.head = net, head
+        super().__init__(); self.net, self.head = net, head
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:   # images -> logits [n, c]
         out = self.net(x)
@@ -330,7 +330,22 @@ def find_head(
         for h in hooks: h.remove()
     return next((k for k, a in reversed(ran) if a.ndim == 2), None)
 
-# %% ../nbs/api/handlers.ipynb #b6a915d2
+# %% ../nbs/api/handlers.ipynb #a5eec058
+def check_answer(
+    out,         # what a network answered to two grey images
+    name: str,   # of the model, for messages
+) -> torch.Tensor:   # logits [2, c]
+    "Raise `PresetError` unless these are finite logits."
+    out = out if isinstance(out, torch.Tensor) else getattr(out, 'logits', None)
+    if out is None or out.ndim != 2 or len(out) != 2:
+        said = 'no tensor' if out is None else f'a tensor {list(out.shape)}'
+        raise PresetError(f'{name}: answers two images with {said}; expected logits '
+                          '[2, classes], or an output with .logits.')
+    if torch.isfinite(out).all(): return out
+    raise PresetError(f'{name}: the logits of a grey image are not finite. Are these '
+                      'the right weights?')
+
+# %% ../nbs/api/handlers.ipynb #de4e6fea
 @torch.no_grad()
 def checked(
     net: nn.Module,      # in eval mode
@@ -338,20 +353,14 @@ def checked(
     name: str,           # of the model, for messages
 ) -> Classifier:
     "Run it once. Raises `PresetError` unless it answers with finite logits."
-    x = prep.normalised(torch.full((2, len(prep.mean), *prep.size), 128, dtype=torch.uint8))
+    grey = torch.full((2, len(prep.mean), *prep.size), 128, dtype=torch.uint8)
+    x = prep.normalised(grey)
     try: out = net(x)
     except Exception as e:   # code of others
         raise PresetError(f'{name}: does not run on an image of {list(x.shape[1:])} '
                           f'({type(e).__name__}: {str(e)[:200]}). State another size '
                           'or number of channels.') from e
-    out = out if isinstance(out, torch.Tensor) else getattr(out, 'logits', None)
-    if out is None or out.ndim != 2 or len(out) != 2:
-        said = 'no tensor' if out is None else f'a tensor {list(out.shape)}'
-        raise PresetError(f'{name}: answers two images with {said}; expected logits '
-                          '[2, classes], or an output with .logits.')
-    if not torch.isfinite(out).all():
-        raise PresetError(f'{name}: the logits of a grey image are not finite. Are '
-                          'these the right weights?')
+    out = check_answer(out, name)
     model = Classifier(net, find_head(net, x, out.shape[1]))
     model.outputs = out.shape[1]
     return model

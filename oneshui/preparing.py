@@ -33,7 +33,7 @@ from .rehearsal import (ONE, OWN, Bench, Play, draw_plays, in_turn,
                                own_labels, promise, rehearse)
 from .vit import ImageSet, TrainSpec, create_model, fit, predict
 
-# %% ../nbs/14_prepare.ipynb #525f24e1
+# %% ../nbs/14_prepare.ipynb #751801d2
 Few, Seed = Annotated[int, Field(ge=1)], Annotated[int, Field(ge=0)]
 
 class Asked(Spec):
@@ -57,6 +57,7 @@ class Asked(Spec):
     init: str | None = None         # weights that it starts from
     seed: Seed = 0
 
+# %% ../nbs/14_prepare.ipynb #4935b326
 def asked(
     **given,   # fields of `Asked`
 ) -> Asked:
@@ -65,7 +66,7 @@ def asked(
     except ValidationError as e:
         raise PresetError(f'prepare: {"; ".join(map(in_words, e.errors()))}.') from e
 
-# %% ../nbs/14_prepare.ipynb #94684e12
+# %% ../nbs/14_prepare.ipynb #1d388ee0
 METASTEP = dict(sizes='tensor', start=8)   # small, and a careful start
 
 def settings(
@@ -84,6 +85,7 @@ def settings(
                           'Set inputs to ["logits", "features", "targets"].')
     return hyper
 
+# %% ../nbs/14_prepare.ipynb #5a873788
 def recipe(
     a: Asked,
 ) -> TrainSpec:
@@ -94,7 +96,7 @@ def recipe(
         raise PresetError(f'recipe: {"; ".join(map(in_words, e.errors()))}. Valid: '
                           f'{", ".join(TrainSpec.model_fields)}.') from e
 
-# %% ../nbs/14_prepare.ipynb #8b236e7f
+# %% ../nbs/14_prepare.ipynb #0bfe5878
 def open_bench(
     a: Asked,
 ) -> tuple:   # Bench without feature statistics, ModelSource, path of the weights
@@ -102,14 +104,16 @@ def open_bench(
     settings(a), recipe(a)
     source, model, classes, path = open_model(a.model, a.weights, a.options,
                                               a.preprocessing)
-    if a.init: fill(build(a.model, a.options, source.outputs)[0],
-                    read_weights(a.init), a.init, a.model)
+    if a.init:   # does it fit?
+        net = build(a.model, a.options, source.outputs)[0]
+        fill(net, read_weights(a.init), a.init, a.model)
     people = read_people(a.data, source.outputs, a.classes or classes)
     draw_plays(people, 2, a.people, a.seed)
     photos = Photos(people.faces, source.preprocessing)
     if people.own_labels: people = answered(people, photos, model)
     return Bench(people, photos, model, {}, a.sample), source, path
 
+# %% ../nbs/14_prepare.ipynb #43b16dd4
 def answered(
     people: People, photos: Photos, model: nn.Module,
 ) -> People:
@@ -121,7 +125,7 @@ def answered(
     photos.faces = f
     return People(f, people.split, True)
 
-# %% ../nbs/14_prepare.ipynb #e581313e
+# %% ../nbs/14_prepare.ipynb #e67bbfa7
 def few_people(
     people: People,
     images: int,     # at most, but two people in any case
@@ -135,6 +139,7 @@ def few_people(
     count = np.bincount(who)[order].cumsum()
     return rows[np.isin(who, order[:max(2, (count <= images).sum())])]
 
+# %% ../nbs/14_prepare.ipynb #bdb2d9aa
 def statistics(
     model: nn.Module, train, val,   # PhotoSets
 ) -> tuple:    # features.mean and features.std, Reference
@@ -150,7 +155,7 @@ def statistics(
         untypical={k: quantiles(untypical(v, state)) for k, v in seen.items()},
         score={k: score(*v) for k, v in said.items()})
 
-# %% ../nbs/14_prepare.ipynb #72f6f258
+# %% ../nbs/14_prepare.ipynb #de460e04
 def seconds_needed(
     bench: Bench, a: Asked, images: int,   # of train that are looked at
 ) -> float:
@@ -165,7 +170,8 @@ def seconds_needed(
     val = len(bench.people.rows('val'))
     learn = (30 * 96 + (8 * 8 * 96 + 6 * 9 * 144) / 3) * 2
     own = images / max(1, len(np.unique(bench.people.faces.identity)))
-    look = a.requests * 4 * (2 * a.sample + own) + a.turns * 2 * (2 * a.sample + 9 * own)
+    look = a.requests * 4 * (2 * a.sample + own)
+    look += a.turns * 2 * (2 * a.sample + 9 * own)
     return step * (learn + (3 * images + 3 * val + look) / 3)
 
 def in_words_of_time(
@@ -173,9 +179,10 @@ def in_words_of_time(
 ) -> str:
     "A number and its unit."
     if seconds < 90: return f'{seconds:.0f} seconds'
-    return f'{seconds / 60:.0f} minutes' if seconds < 5400 else f'{seconds / 3600:.1f} h'
+    if seconds < 5400: return f'{seconds / 60:.0f} minutes'
+    return f'{seconds / 3600:.1f} hours'
 
-# %% ../nbs/14_prepare.ipynb #c54bc932
+# %% ../nbs/14_prepare.ipynb #bfe5284a
 def with_state(
     method: str, state: dict, hyper: dict, seed: int,
 ) -> Callable:   # (model, support) -> model
@@ -194,6 +201,7 @@ def learn(
     D = bench.set(rows), bench.set(bench.people.rows('val'))
     return METHODS[method].prepare(bench.model, *D, hyper)
 
+# %% ../nbs/14_prepare.ipynb #765089ac
 def arms_of(
     a: Asked, bench: Bench, rows: np.ndarray, state: dict,
 ) -> dict:   # label -> (model, support) -> model
@@ -211,7 +219,7 @@ def arms_of(
                                a.seed)
     return arms
 
-# %% ../nbs/14_prepare.ipynb #0e153dbb
+# %% ../nbs/14_prepare.ipynb #d8fe8962
 def train_anew(
     a: Asked, bench: Bench, rows: np.ndarray, seed: int,
 ) -> nn.Module:
@@ -226,6 +234,7 @@ def train_anew(
     fit(model, bench.set(rows), val, recipe(a), seed, quiet=True)
     return model
 
+# %% ../nbs/14_prepare.ipynb #05e04a1e
 def retrained(
     a: Asked, bench: Bench, play: Play, forget: Callable,
 ) -> dict:   # tow, tow_nothing, tow_again: ToW against a Retrain of this request
@@ -267,7 +276,7 @@ def prepare(
     say(kit.size_line())
     return kit
 
-# %% ../nbs/14_prepare.ipynb #4a30966a
+# %% ../nbs/14_prepare.ipynb #981fd7c3
 def rehearsed(
     a: Asked, bench: Bench, rows: np.ndarray, state: dict,
 ) -> tuple:   # Rehearsed, the first line of the kit
@@ -283,6 +292,7 @@ def rehearsed(
                      requests=plain(t), in_turn=plain(turns), retrained=again,
                      seed=a.seed), promise(t, title)
 
+# %% ../nbs/14_prepare.ipynb #530dc6c0
 def about(
     bench: Bench, used: int, kept: dict,   # images of train; tensors of the kit
 ) -> dict:
@@ -300,7 +310,7 @@ def about(
                 data=card, salt=os.urandom(8).hex(),
                 sizes={'this kit': own} | state_sizes(bench.model, files))
 
-# %% ../nbs/14_prepare.ipynb #ae2f983a
+# %% ../nbs/14_prepare.ipynb #e995cb65
 CROWD = dict(mini=((90, 8, 14), 20), smoke=((30, 4, 6), 4))   # people; letters
 
 def office_table(
@@ -317,10 +327,11 @@ def office_table(
     marks = pd.DataFrame(faces.targets.astype(int), columns=faces.classes)
     return pd.concat([t, marks], axis=1)[split != ''], drawer
 
+# %% ../nbs/14_prepare.ipynb #5060dbfb
 def office(
     preset: str = 'mini',   # or 'smoke'
     root: Path | None = None,
-) -> tuple:   # fields of `Asked`, the table of faces, rows of the portraits in the drawer
+) -> tuple:   # fields of `Asked`, all faces, rows of the portraits in the drawer
     "A drawn company with a trained model, made once."
     (people, letters), P = CROWD[preset], load_preset(preset)
     place = write_portraits(Path(root or project_root()) / 'data', (26, 3, 5), people,

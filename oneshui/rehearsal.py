@@ -23,7 +23,7 @@ from .metrics import score, task_loss
 from .photos import People, Photos, PhotoSet
 from .vit import SupportSet, predict
 
-# %% ../nbs/api/rehearsal.ipynb #4501b6ef
+# %% ../nbs/api/rehearsal.ipynb #f9c62021
 @dataclass(frozen=True, eq=False)
 class Play:
     "A request that is played: rows of the table."
@@ -42,6 +42,7 @@ def one_person(
     one = rng.choice(learned)
     return one, learned[learned != one]
 
+# %% ../nbs/api/rehearsal.ipynb #f749f112
 def draw_plays(
     people: People,
     n: int,       # requests
@@ -67,7 +68,7 @@ def draw_plays(
         plays.append(Play(np.array(rows), np.concatenate(own), np.asarray(g)))
     return plays
 
-# %% ../nbs/api/rehearsal.ipynb #b588b517
+# %% ../nbs/api/rehearsal.ipynb #a9daee7f
 SETS = ('own', 'others', 'strangers')
 
 def seen(
@@ -90,6 +91,7 @@ def measured(
     member = np.repeat([1, 0], [len(losses['own']), len(losses['strangers'])])
     return found | dict(attack=100 * roc_auc_score(member, -both.numpy()))
 
+# %% ../nbs/api/rehearsal.ipynb #aa971a7e
 def nearness(
     after: dict, before: dict,   # from `measured`
 ) -> float:                      # 0…100
@@ -107,7 +109,7 @@ def moved(
     far = sum((a - b).square().sum() for a, b in pairs)
     return math.sqrt(far / sum(b.square().sum() for _, b in pairs))
 
-# %% ../nbs/api/rehearsal.ipynb #c74a1906
+# %% ../nbs/api/rehearsal.ipynb #dacabf0c
 NOTHING, OWN, ONE = 'doing nothing', 'own answers', 'one learned size'
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +138,7 @@ class Bench:
         return dict(own=self.set(own), others=self.set(few(others)),
                     strangers=self.set(few(strangers)))
 
+# %% ../nbs/api/rehearsal.ipynb #421692bd
 def own_labels(
     model: nn.Module, support: SupportSet,
 ) -> SupportSet:
@@ -169,7 +172,7 @@ def rehearse(
             for r in play_one(bench, p, k, arms)]
     return pd.DataFrame(rows)
 
-# %% ../nbs/api/rehearsal.ipynb #e1221c5d
+# %% ../nbs/api/rehearsal.ipynb #201f836f
 def in_turn(
     bench: Bench, plays: list,
     forget: Callable,   # (model, support) -> model
@@ -188,9 +191,10 @@ def in_turn(
                          nothing=nearness(before, before)) | after)
     return pd.DataFrame(rows)
 
+# %% ../nbs/api/rehearsal.ipynb #b8e71415
 def covered(
     turns: list,   # of dicts, from `in_turn`
-) -> tuple:        # requests, sum of steps: up to where forgetting was no worse than nothing
+) -> tuple:        # requests, sum of steps: as long as it was no worse than nothing
     "What the rehearsal covers."
     good = [(0, 0.)]
     for t in turns:

@@ -15,7 +15,7 @@ from .kit import Kit
 from .methods import METHODS
 from .rehearsal import NOTHING, OWN, changes, compare, covered, summary
 
-# %% ../nbs/api/reports.ipynb #6ab70deb
+# %% ../nbs/api/reports.ipynb #8073e52e
 WORDS = {'own_score': "score on the person's other images, points",
          'own_error': "error on the person's other images",
          'others_score': "score on other members' images, points",
@@ -37,6 +37,7 @@ def expected(
     return {k: t.loc[k, ['mean', 'half', 'low', 'high']].astype(float).round(4).to_dict()
             for k in WORDS}
 
+# %% ../nbs/api/reports.ipynb #473ad1d2
 def cost_of_own_answers(
     kit: Kit,
 ) -> str:

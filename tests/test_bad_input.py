@@ -1,5 +1,5 @@
-"""What people type, and what is in their files: each mistake gets one message that names
-the file, the value and the fix, before long work, and leaves nothing behind.
+"""What people type, and what is in their files: each mistake gets one message that
+names the file, the value and the fix, before long work, and leaves nothing behind.
 """
 import json
 import shutil

@@ -1,6 +1,6 @@
 """The desk on models of one's own: prepare, forget, report, ledger.
 
-Four networks that share nothing but the contract; tiny, so that all of it takes minutes.
+Four networks that share nothing but the contract; tiny, so that it takes minutes.
 """
 import json
 import os
