@@ -259,7 +259,7 @@ def facts(
     return of_the_kit(kit, line, people, [said for _, said in far if said]) | dict(
         portraits=rows, checks=seen, not_checked=not_checked(kit, len(seen)))
 
-# %% ../nbs/15_forget.ipynb #eefd41ad
+# %% ../nbs/15_forget.ipynb #e14df314
 def of_the_kit(
     kit: Kit, line: Line, people: int, warnings: list,
 ) -> dict:
@@ -267,8 +267,8 @@ def of_the_kit(
     late, words = limits(kit, line.path)
     warnings = warnings + [words] * late
     if people != kit.rehearsal.people:
-        warnings.append(f'The rehearsal played requests of {kit.rehearsal.people}, and '
-                        f'this one is of {people}: what it says to expect may not hold.')
+        warnings.append(f'The rehearsal played requests of {kit.rehearsal.people}, '
+                        f'and this one is of {people}: what to expect may not hold.')
     mid = {k: v[10] for k, v in kit.reference.loss.items()}
     return line.model_dump(exclude={'portraits', 'people', 'notes', 'hash'}) | dict(
         promise=kit.promise, method=METHODS[kit.method].title, people=people,

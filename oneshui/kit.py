@@ -111,7 +111,7 @@ class Kit(Spec):
     salt: str                # of the hashes in the ledger
     state_sha: str
 
-# %% ../nbs/api/kit.ipynb #472e73fb
+# %% ../nbs/api/kit.ipynb #cc2a91ed
 def state_sizes(
     model: nn.Module,    # a Classifier
     images_bytes: int,   # of all image files in train
@@ -136,7 +136,9 @@ def file_sha(
         while block := f.read(1 << 20): h.update(block)
     return h.hexdigest()
 
-def today() -> str: return datetime.date.today().isoformat()
+def today() -> str:
+    "The date."
+    return datetime.date.today().isoformat()
 
 # %% ../nbs/api/kit.ipynb #374cad8f
 def versions() -> dict:

@@ -216,11 +216,11 @@ def for_one_more(
     half = stats.t.ppf(1 - tail, n - 1) * v.std(ddof=1) * math.sqrt(1 + 1 / n)
     return float(v.mean() - half), float(v.mean() + half)
 
-# %% ../nbs/api/rehearsal.ipynb #bbe8dd31
+# %% ../nbs/api/rehearsal.ipynb #913a3f55
 def changes(
     requests: list | pd.DataFrame,   # of a kit
     arm: str,
-) -> pd.DataFrame:   # request, own_score, …: after minus before; nearness: against nothing
+) -> pd.DataFrame:   # request, own_score, …, nearness: after minus before
     "What an arm changed in each request."
     t = pd.DataFrame(requests)
     what = [f'{k}_{m}' for k in SETS for m in ('score', 'error', 'loss')]
@@ -241,7 +241,7 @@ def summary(
         rows.append(dict(what=what, mean=mean, half=half, low=low, high=high, n=n))
     return pd.DataFrame(rows).set_index('what')
 
-# %% ../nbs/api/rehearsal.ipynb #af1bce53
+# %% ../nbs/api/rehearsal.ipynb #8b00f77c
 def compare(
     requests: list | pd.DataFrame,
     a: str, b: str,   # arms
@@ -264,10 +264,11 @@ def standing(
     said = f' Better: {" and ".join(f"{a} ({t[a]:.1f})" for a in better)}.'
     said = said if better else ''
     if not math.isfinite(half): return 'unknown', f'Too few requests ({found}).'
-    if mean - half > 0: return 'works', f'{title} came nearer to not knowing ({found}).' + said
-    return 'fails', f'{title} does not do better than doing nothing here ({found}).' + said
+    if mean - half > 0:
+        return 'works', f'{title} came nearer to not knowing ({found}).{said}'
+    return 'fails', f'{title} does not do better than doing nothing ({found}).{said}'
 
-# %% ../nbs/api/rehearsal.ipynb #2a8dc92a
+# %% ../nbs/api/rehearsal.ipynb #3c0274ff
 def promise(
     requests: list | pd.DataFrame,
     title: str,   # of the method's arm
@@ -276,11 +277,12 @@ def promise(
     verdict, said = standing(requests, title)
     t = pd.DataFrame(requests)
     n = t.request.nunique()
-    gap = t[t.arm == NOTHING].groupby('request')[['own_error', 'strangers_error']].mean()
+    gap = t[t.arm == NOTHING]
     mean, half, _ = t_interval(gap.strangers_error - gap.own_error)
     start = dict(works='It works on this model', unknown='It is not known whether it '
                  'works', fails='IT DOES NOT WORK ON THIS MODEL')[verdict]
-    known = (f' The model\'s error on strangers is {100 * mean:+.1f} ± {100 * half:.1f} '
-             'points above that on its people: what there is to forget.')
+    gap = f'{100 * mean:+.1f} ± {100 * half:.1f}'
+    known = (f' The model\'s error on strangers is {gap} points above that on its '
+             'people: what there is to forget.')
     if mean - half <= 0: known += ' That is not distinguishable from nothing.'
     return f'{start}, in a rehearsal of {n} requests: {said}{known}'

@@ -15,7 +15,7 @@ from .kit import Kit
 from .methods import METHODS
 from .rehearsal import NOTHING, OWN, changes, compare, covered, summary
 
-# %% ../nbs/api/reports.ipynb #8073e52e
+# %% ../nbs/api/reports.ipynb #67ce4c84
 WORDS = {'own_score': "score on the person's other images, points",
          'own_error': "error on the person's other images",
          'others_score': "score on other members' images, points",
@@ -34,8 +34,8 @@ def expected(
 ) -> dict:   # what -> mean, low, high, in words' order
     "Changes that a request like this brought in the rehearsal, 90 % interval for one."
     t = summary(kit.rehearsal.requests, arm_of(kit, labels))
-    return {k: t.loc[k, ['mean', 'half', 'low', 'high']].astype(float).round(4).to_dict()
-            for k in WORDS}
+    t = t[['mean', 'half', 'low', 'high']].astype(float).round(4)
+    return {k: t.loc[k].to_dict() for k in WORDS}
 
 # %% ../nbs/api/reports.ipynb #473ad1d2
 def cost_of_own_answers(
@@ -48,14 +48,14 @@ def cost_of_own_answers(
     return (f'In the rehearsal, the model\'s own answers instead of labels changed the '
             f'nearness by {mean:+.2f} ± {half:.2f}.')
 
-# %% ../nbs/api/reports.ipynb #54cab572
+# %% ../nbs/api/reports.ipynb #a8b6a9aa
 def not_checked(
     kit: Kit, checks: int,   # images that the user named
 ) -> list:
     "What this report cannot know."
-    said = ["The person's other training images: they are gone. What is said about them "
-            'is what happened to others in the rehearsal.',
-            'Whether the person was in the training data at all: the kit holds no names.',
+    said = ["The person's other training images: they are gone. What is said about "
+            'them is what happened to others in the rehearsal.',
+            'Whether the person was in the training data: the kit holds no names.',
             'Whether the portrait shows the person who asks.',
             'Attacks stronger than a threshold on the loss (RMIA, LiRA, relearning): '
             'they need data.',
@@ -68,7 +68,7 @@ def not_checked(
                     'trained on.')
     if kit.data.own_labels:
         said.append('Accuracy: the model\'s own answers stood in for labels.')
-    if not checks: said.append('Any image beside the portrait: none was named (--check).')
+    if not checks: said.append('Any other image: none was named (--check).')
     return said
 
 # %% ../nbs/api/reports.ipynb #700a478b

@@ -130,8 +130,9 @@ def desk(kit, tmp_path):
 
 def ask(desk, office, who=0, out='m2', **more):
     "One request at a desk."
-    return forget(letter(kit=str(desk / 'kit'), portraits=[str(office / f'{who}_0.png')],
-                         out=str(desk / f'{out}.safetensors'), **more), lambda text: None)
+    return forget(letter(
+        kit=str(desk / 'kit'), portraits=[str(office / f'{who}_0.png')],
+        out=str(desk / f'{out}.safetensors'), **more), lambda text: None)
 
 
 def lines_of(desk):
@@ -139,8 +140,8 @@ def lines_of(desk):
     return read_ledger(desk / 'kit/ledger.jsonl', kit_sha(desk / 'kit'))
 
 
-KINDS = [('timm', 'ages'), ('torchvision', 'attributes'), ('transformers', 'attributes'),
-         ('function', 'ages')]
+KINDS = [('timm', 'ages'), ('torchvision', 'attributes'),
+         ('transformers', 'attributes'), ('function', 'ages')]
 
 
 @pytest.mark.parametrize('kind, table', KINDS, ids=lambda x: x)
@@ -232,23 +233,25 @@ def test_several_portraits_of_several_people(desk, office):
         portraits=[str(office / f'{k}_0.png') for k in (0, 1, 2)],
         people=['a', 'b', 'c']), print)
     assert [p['label'] for p in report['portraits']] == ['0', '1', '2']
-    assert report['people'] == 3 and any('requests of 1' in w for w in report['warnings'])
+    assert report['people'] == 3
+    assert any('requests of 1' in w for w in report['warnings'])
 
 
 def test_unlike_anything_is_named(desk, office, tmp_path):
     "A chessboard is no portrait; a portrait is no chessboard."
     board = np.kron(np.indices((8, 8)).sum(0) % 2, np.ones((8, 8))) * 255
     Image.fromarray(board.astype(np.uint8)).save(tmp_path / 'board.png')
-    report = forget(letter(kit=str(desk / 'kit'), portraits=[str(tmp_path / 'board.png')],
-                           out=str(desk / 'm2.safetensors')), print)
+    report = forget(letter(
+        kit=str(desk / 'kit'), portraits=[str(tmp_path / 'board.png')],
+        out=str(desk / 'm2.safetensors')), print)
     assert any('UNLIKE ANYTHING' in w for w in report['warnings'])
     assert not any('UNLIKE' in w for w in ask(desk, office, 0, 'm3')['warnings'])
 
 
 def test_moved_or_other_weights(desk, office, tmp_path):
     kit, _ = read_kit(desk / 'kit')
-    shutil.copy(kit.weights, tmp_path / 'elsewhere.safetensors')
-    assert ask(desk, office, weights=str(tmp_path / 'elsewhere.safetensors'))['number'] == 1
+    other = shutil.copy(kit.weights, tmp_path / 'elsewhere.safetensors')
+    assert ask(desk, office, weights=str(other))['number'] == 1
     with pytest.raises(DataError, match='is not the model after request 1'):
         ask(desk, office, 1, 'm3', weights=kit.weights)
 
@@ -358,14 +361,16 @@ def test_equal_to_the_run_store(shared, smoke, tmp_path):
     r, faces = shared.request(spec), shared.faces('mufac')
     split = np.full(len(faces), 'portrait', object)
     for part in ('train', 'val', 'test'): split[getattr(r, part)] = part
-    table = pd.DataFrame(dict(path=faces.paths, identity=faces.identities[faces.identity],
-                              split=split, age=faces.targets))
+    who = faces.identities[faces.identity]
+    table = pd.DataFrame(dict(path=faces.paths, identity=who, split=split,
+                              age=faces.targets))
     table.to_csv(faces.root / 'desk.csv', index=False)
     before = shared.get(shared.related(spec, 'pretrain'))
     given = dict(model=f'timm:{smoke.model.arch}', data=str(faces.root / 'desk.csv'),
                  options=smoke.model.options | dict(img_size=32),
                  weights=str(before.file('model.safetensors')), people=2,
-                 preprocessing=dict(size=(32, 32), resize=None, interpolation='bilinear'),
+                 preprocessing=dict(size=(32, 32), resize=None,
+                                    interpolation='bilinear'),
                  kit=str(tmp_path / 'kit'), requests=2, turns=1, sample=16)
     prepare(asked(**given, hyper=hyper), say=lambda text: None)
     forget(letter(kit=str(tmp_path / 'kit'), out=str(tmp_path / 'm.safetensors'),
