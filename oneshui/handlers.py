@@ -120,7 +120,7 @@ def from_torchvision(
     return net, dict(size=t.crop_size * 2, resize=min(t.resize_size), mean=t.mean,
                      std=t.std, interpolation=t.interpolation.value), None
 
-# %% ../nbs/api/handlers.ipynb #42d53717
+# %% ../nbs/api/handlers.ipynb #3e5e51aa
 def from_transformers(
     folder: str, options: dict,   # of `save_pretrained`; none are understood
     outputs: int | None,          # ignored: the configuration says it
@@ -138,21 +138,20 @@ def from_transformers(
     c = AutoConfig.from_pretrained(folder, local_files_only=True)
     net = AutoModelForImageClassification.from_config(c)
     names = [c.id2label[k] for k in sorted(c.id2label)]
-    generic = names == [f'LABEL_{k}' for k in range(len(names))]
-    return net, _processor(Path(folder)), None if generic else names
+    if names == [f'LABEL_{k}' for k in range(len(names))]: names = None   # generic
+    return net, _processor(Path(folder)), names
 
-# %% ../nbs/api/handlers.ipynb #2da31a97
+# %% ../nbs/api/handlers.ipynb #087d8d36
 def _processor(folder):
     # preprocessor_config.json as our table; None if it is not there
     f = folder / 'preprocessor_config.json'
     if not f.is_file(): return None
     c = json.loads(f.read_text())
     both = lambda s: (s, s) if isinstance(s, int) else (s['height'], s['width'])
-    size, crop = c.get('size', 224), c.get('crop_size')
-    resize = size['shortest_edge'] if 'shortest_edge' in size else both(size)
-    cut = c.get('do_center_crop') and crop
+    size, cut = c.get('size', 224), c.get('do_center_crop') and c.get('crop_size')
+    resize = both(size) if 'shortest_edge' not in str(size) else size['shortest_edge']
     if not cut and isinstance(resize, int): size = (resize, resize)
-    else: size = both(crop) if cut else resize
+    else: size = both(cut) if cut else resize
     kind = {0: 'nearest', 1: 'lanczos', 2: 'bilinear', 3: 'bicubic'}
     plain = dict(mean=(0., 0., 0.), std=(1., 1., 1.))
     scaled = plain if c.get('do_normalize') is False else dict(
