@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['LIBRARIES', 'CONVERT', 'WRAPPERS', 'Preprocessing', 'preprocessing', 'from_timm', 'from_torchvision',
-           'from_transformers', 'from_function', 'build', 'check_weights', 'read_weights', 'fill', 'last_linear',
-           'outputs_in', 'Classifier', 'find_head', 'check_answer', 'checked', 'ModelSource', 'open_model']
+           'from_transformers', 'from_function', 'build', 'check_weights', 'read_weights', 'renamed', 'fill',
+           'last_linear', 'outputs_in', 'Classifier', 'find_head', 'check_answer', 'checked', 'ModelSource',
+           'open_model']
 
 # %% ../nbs/api/handlers.ipynb #1c46ba50
 import difflib, importlib, importlib.util, json, math
@@ -241,14 +242,26 @@ def read_weights(
             found = {k[len(w):]: v for k, v in found.items()}
     return {k: v.float() if v.is_floating_point() else v for k, v in found.items()}
 
-# %% ../nbs/api/handlers.ipynb #31b0b53f
+# %% ../nbs/api/handlers.ipynb #f09c3c6d
+def renamed(
+    net: nn.Module, tensors: dict,
+) -> dict:   # the same tensors
+    "By the names of today's transformers, whose files keep those of former versions."
+    if not hasattr(net, 'save_pretrained') or {*tensors} == {*net.state_dict()}:
+        return tensors
+    same, found = type(net).from_pretrained(None, config=net.config, state_dict=tensors,
+                                            output_loading_info=True)
+    lost = found['missing_keys'] or found['unexpected_keys'] or found['mismatched_keys']
+    return tensors if lost else same.state_dict()
+
+# %% ../nbs/api/handlers.ipynb #bf98fad4
 def fill(
     net: nn.Module,   # gets the weights
     tensors: dict,    # name -> tensor
     path: str | Path, name: str,   # of the file and of the model, for the message
 ):
     "All of a network's tensors. Raises `PresetError` naming those that do not fit."
-    own = net.state_dict()
+    own, tensors = net.state_dict(), renamed(net, tensors)
     twins = {v.data_ptr() for k, v in own.items() if k in tensors and v.numel()}
     missing = [k for k, v in own.items() if k not in tensors
                and not k.endswith('num_batches_tracked') and v.data_ptr() not in twins]

@@ -201,7 +201,7 @@ def learn(
     D = bench.set(rows), bench.set(bench.people.rows('val'))
     return METHODS[method].prepare(bench.model, *D, hyper)
 
-# %% ../nbs/14_prepare.ipynb #765089ac
+# %% ../nbs/14_prepare.ipynb #faea4c13
 def arms_of(
     a: Asked, bench: Bench, rows: np.ndarray, state: dict,
 ) -> dict:   # label -> (model, support) -> model
@@ -212,7 +212,7 @@ def arms_of(
     if not bench.people.own_labels:
         arms[OWN] = lambda m, s: forget(m, own_labels(m, s))
     if a.method != 'metastep' or hyper.get('sizes') != 'one':
-        same = ('requests', 'calibration', 'start', 'simulated_size')
+        same = ('requests', 'calibration', 'start', 'simulated_size', 'batch_size')
         one = dict(sizes='one', start=8, simulated_size=a.people)
         one |= {k: hyper[k] for k in same if k in hyper and a.method == 'metastep'}
         arms[ONE] = with_state('metastep', learn(a, bench, rows, 'metastep', one), one,

@@ -241,7 +241,7 @@ def summary(
         rows.append(dict(what=what, mean=mean, half=half, low=low, high=high, n=n))
     return pd.DataFrame(rows).set_index('what')
 
-# %% ../nbs/api/rehearsal.ipynb #8b00f77c
+# %% ../nbs/api/rehearsal.ipynb #46429b90
 def compare(
     requests: list | pd.DataFrame,
     a: str, b: str,   # arms
@@ -251,9 +251,10 @@ def compare(
     mean, half, _ = t_interval(t[a] - t[b])
     return mean, half
 
+# %% ../nbs/api/rehearsal.ipynb #6d67d02c
 def standing(
     requests: list | pd.DataFrame, title: str,
-) -> tuple:   # 'works' | 'fails' | 'unknown', a sentence
+) -> tuple:   # 'works' | 'fails' | 'undecided', a sentence
     "Does it beat doing nothing, and what did better?"
     mean, half = compare(requests, title, NOTHING)
     t = pd.DataFrame(requests).groupby('arm').nearness.mean()
@@ -263,12 +264,14 @@ def standing(
               and np.subtract(*compare(requests, a, title)) > 0]
     said = f' Better: {" and ".join(f"{a} ({t[a]:.1f})" for a in better)}.'
     said = said if better else ''
-    if not math.isfinite(half): return 'unknown', f'Too few requests ({found}).'
+    if not math.isfinite(half): return 'undecided', f'too few requests ({found}).'
     if mean - half > 0:
         return 'works', f'{title} came nearer to not knowing ({found}).{said}'
-    return 'fails', f'{title} does not do better than doing nothing ({found}).{said}'
+    if mean + half < .05:
+        return 'fails', f'{title} does not do better than doing nothing ({found}).{said}'
+    return 'undecided', f'{title} may or may not beat doing nothing ({found}).{said}'
 
-# %% ../nbs/api/rehearsal.ipynb #3c0274ff
+# %% ../nbs/api/rehearsal.ipynb #4057f690
 def promise(
     requests: list | pd.DataFrame,
     title: str,   # of the method's arm
@@ -279,8 +282,8 @@ def promise(
     n = t.request.nunique()
     gap = t[t.arm == NOTHING]
     mean, half, _ = t_interval(gap.strangers_error - gap.own_error)
-    start = dict(works='It works on this model', unknown='It is not known whether it '
-                 'works', fails='IT DOES NOT WORK ON THIS MODEL')[verdict]
+    start = dict(works='It works on this model', undecided='IT IS UNDECIDED WHETHER IT '
+                 'WORKS ON THIS MODEL', fails='IT DOES NOT WORK ON THIS MODEL')[verdict]
     gap = f'{100 * mean:+.1f} ± {100 * half:.1f}'
     known = (f' The model\'s error on strangers is {gap} points above that on its '
              'people: what there is to forget.')
