@@ -111,7 +111,7 @@ class Kit(Spec):
     salt: str                # of the hashes in the ledger
     state_sha: str
 
-# %% ../nbs/api/kit.ipynb #cc2a91ed
+# %% ../nbs/api/kit.ipynb #b4b7b2e0
 def state_sizes(
     model: nn.Module,    # a Classifier
     images_bytes: int,   # of all image files in train
@@ -136,6 +136,7 @@ def file_sha(
         while block := f.read(1 << 20): h.update(block)
     return h.hexdigest()
 
+# %% ../nbs/api/kit.ipynb #f45bbf23
 def today() -> str:
     "The date."
     return datetime.date.today().isoformat()
