@@ -251,7 +251,7 @@ def compare(
     mean, half, _ = t_interval(t[a] - t[b])
     return mean, half
 
-# %% ../nbs/api/rehearsal.ipynb #6d67d02c
+# %% ../nbs/api/rehearsal.ipynb #d5e5b072
 def standing(
     requests: list | pd.DataFrame, title: str,
 ) -> tuple:   # 'works' | 'fails' | 'undecided', a sentence
@@ -268,7 +268,7 @@ def standing(
     if mean - half > 0:
         return 'works', f'{title} came nearer to not knowing ({found}).{said}'
     if mean + half < .05:
-        return 'fails', f'{title} does not do better than doing nothing ({found}).{said}'
+        return 'fails', f'{title} does no better than doing nothing ({found}).{said}'
     return 'undecided', f'{title} may or may not beat doing nothing ({found}).{said}'
 
 # %% ../nbs/api/rehearsal.ipynb #4057f690
