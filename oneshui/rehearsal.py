@@ -42,7 +42,7 @@ def one_person(
     one = rng.choice(learned)
     return one, learned[learned != one]
 
-# %% ../nbs/api/rehearsal.ipynb #f749f112
+# %% ../nbs/api/rehearsal.ipynb #f908558a
 def draw_plays(
     people: People,
     n: int,       # requests
@@ -56,10 +56,10 @@ def draw_plays(
     held = np.zeros_like(learned, bool)
     held[people.faces.identity[people.rows('portrait')]] = True
     able = np.flatnonzero(held & (learned > 0) if held.any() else learned > 1)
-    if len(able) < 2 * size:
+    if len(able) <= size:
         raise DataError(f'{people.faces.name}: {len(able)} people can play requesters '
                         f'(two images, or a portrait that was held out); requests of '
-                        f'{size} need {2 * size}. Ask for fewer people in a request.')
+                        f'{size} need {size + 1}. Ask for fewer people in a request.')
     able = rng.permutation(able)
     groups = [able[k:k + size] for k in range(0, len(able) - size + 1, size)][:n]
     plays = []
