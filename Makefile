@@ -52,7 +52,8 @@ readme: $(READY) ## nbs/index.ipynb -> README.md
 	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=remove-input --output-dir . --output README.md nbs/index.ipynb
 
 API_FIRST = core metrics readers portraits attacks oracles presets runs intervals results tables experiments tuning audits probes questions
-BOOK      = $(API_FIRST:%=api/%) 00_data_splits 01_vit_finetuning 02_baselines 03_metaunlearn 04_a100_training 05_tables $(EVALUATION) $(METASTEP) api/explore index
+DESK      = api/handlers api/photos api/kit api/rehearsal 14_prepare api/ledger api/reports 15_forget api/cli
+BOOK      = $(API_FIRST:%=api/%) 00_data_splits 01_vit_finetuning 02_baselines 03_metaunlearn 04_a100_training 05_tables $(EVALUATION) $(METASTEP) $(DESK) api/explore index
 notebooks: $(READY) ## execute all notebooks in place at their defaults, then clean them
 	@for n in $(BOOK); do \
 	  echo "== $$n"; ONESHUI_PROGRESS=off $(PAPERMILL) --log-level ERROR nbs/$$n.ipynb nbs/$$n.ipynb || exit 1; done
@@ -70,9 +71,10 @@ test-browser: docs ## the site in headless Chromium (Debian's chromium, or any t
 lab: $(READY)    ## JupyterLab on the index
 	$(BIN)/jupyter lab nbs/index.ipynb
 
-benchmark: $(READY) ## time and memory: hypergradient against double backward; RMIA sorted against pairs
+benchmark: $(READY) ## time and memory: hypergradient against double backward; RMIA sorted against pairs; a request against a training step
 	$(BIN)/python benchmarks/hypergradient.py
 	$(BIN)/python benchmarks/rmia.py
+	$(BIN)/python benchmarks/desk.py
 
 clean:           ## forget drawings and runs (the environment stays)
 	rm -rf data data-large runs build

@@ -110,8 +110,8 @@ def front_page():
     books = [p.relative_to(ROOT).with_suffix('').as_posix() for p in notebooks()]
     tools = [b for b in books if b.startswith('nbs/api/')]
     chapters = [b for b in books if b not in tools]
-    look_up = 'docs/claims-and-limits docs/glossary reference/index docs/contributing '\
-              'docs/references'.split()
+    look_up = ('docs/own-model docs/claims-and-limits docs/glossary reference/index '
+               'docs/contributing docs/references').split()
     trees = dict(Chapters=chapters, Tools=tools) | {'Look up': look_up}
     contents = (toctree(pages, caption) for caption, pages in trees.items())
     page = '\n'.join([(ROOT / 'README.md').read_text(), *contents])
