@@ -52,7 +52,8 @@ readme: $(READY) ## nbs/index.ipynb -> README.md
 	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=remove-input --output-dir . --output README.md nbs/index.ipynb
 
 API_FIRST = core metrics readers portraits attacks oracles presets cluster runs intervals results tables experiments tuning audits probes questions
-BOOK      = $(API_FIRST:%=api/%) 00_data_splits 01_vit_finetuning 02_baselines 03_metaunlearn 04_a100_training 05_tables $(EVALUATION) $(METASTEP) api/explore index
+DESK      = api/handlers api/photos api/kit api/rehearsal 14_prepare api/ledger api/reports 15_forget api/evidence api/aftermath api/inspection api/findings api/cli
+BOOK      = $(API_FIRST:%=api/%) 00_data_splits 01_vit_finetuning 02_baselines 03_metaunlearn 04_a100_training 05_tables $(EVALUATION) $(METASTEP) $(DESK) api/explore index
 notebooks: $(READY) ## execute all notebooks in place at their defaults, then clean them
 	@for n in $(BOOK); do \
 	  echo "== $$n"; ONESHUI_PROGRESS=off $(PAPERMILL) --log-level ERROR nbs/$$n.ipynb nbs/$$n.ipynb || exit 1; done
@@ -70,8 +71,9 @@ test-browser: docs ## the site in headless Chromium (Debian's chromium, or any t
 lab: $(READY)    ## JupyterLab on the index
 	$(BIN)/jupyter lab nbs/index.ipynb
 
-benchmark: $(READY) ## time and memory, ours against the naive forms, into figures/published/benchmark.json; some minutes
+benchmark: $(READY) ## time and memory, ours against the naive forms, into figures/published/benchmark.json; some minutes; a request against a training step
 	$(BIN)/python benchmarks/benchmark.py
+	$(BIN)/python benchmarks/desk.py
 
 gpu-check: $(READY) ## five minutes on a GPU: step time, utilisation, memory, bf16, hypergradient; adds a row to figures/published/gpu_check.csv
 	$(BIN)/python benchmarks/gpu_check.py $(ARGS)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FAR', 'Letter', 'letter', 'read_label', 'support_of', 'current', 'targets_of', 'asked_before', 'looked_at', 'answer',
-           'unlike', 'step', 'forget', 'as_checks', 'new_line', 'facts', 'write_all', 'in_short']
+           'unlike', 'step', 'forget', 'as_checks', 'new_line', 'facts', 'of_the_kit', 'write_all', 'in_short']
 
-# %% ../nbs/15_forget.ipynb #4bd6efcc
+# %% ../nbs/15_forget.ipynb #867ec482
 import datetime, time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,17 +25,17 @@ from .metrics import task_loss
 from .photos import as_support, photo_hash, read_photo
 from .preparing import with_state
 from .rehearsal import moved, own_labels
-from .reports import (cost_of_own_answers, expected, limits, not_checked, picture,
-                             write_report)
+from .reports import (cost_of_own_answers, expected, limits, not_checked,
+                             picture, write_report)
 from .vit import SupportSet, predict
 
-# %% ../nbs/15_forget.ipynb #2a486431
+# %% ../nbs/15_forget.ipynb #fa498a1a
 class Letter(Spec):
     "A request, as it comes to the desk."
     kit: str
     portraits: list[str]
     out: str                   # .safetensors; the report is written beside it
-    labels: list[str] = []     # one for each portrait, or one for all; none: own answers
+    labels: list[str] = []     # one each, or one for all; none: own answers
     people: list[str] = []     # names or numbers, to be noticed again; only hashes stay
     checks: list[str] = []     # more images that are looked at before and after
     weights: str | None = None # where the last model lies, if it was moved
@@ -55,7 +55,7 @@ def letter(
                               'Give one for all, or one for each.')
     return a
 
-# %% ../nbs/15_forget.ipynb #25a24aed
+# %% ../nbs/15_forget.ipynb #88f5002c
 def read_label(
     text: str, kit: Kit,
 ) -> torch.Tensor:   # float [c], or int64 scalar
@@ -74,6 +74,7 @@ def read_label(
                           f'{", ".join(kit.classes)}.')
     return torch.tensor(kit.classes.index(text.strip()))
 
+# %% ../nbs/15_forget.ipynb #9cc62df2
 def support_of(
     a: Letter, kit: Kit, model: nn.Module,
 ) -> tuple:   # SupportSet, notes for each portrait, 'given' or whose answers
@@ -87,7 +88,7 @@ def support_of(
     if a.labels: return S, notes, 'given'
     return own_labels(model, S), notes, "the model's own answers"
 
-# %% ../nbs/15_forget.ipynb #f60a2665
+# %% ../nbs/15_forget.ipynb #dc079998
 def current(
     a: Letter, kit: Kit, lines: list,   # the ledger
 ) -> Path:
@@ -104,6 +105,7 @@ def current(
                         'Name that file with --weights, or restore it.')
     return path
 
+# %% ../nbs/15_forget.ipynb #8ba428af
 def targets_of(
     a: Letter, weights: Path,
 ) -> list:   # absolute paths: weights, JSON, HTML
@@ -166,7 +168,7 @@ def answer(
         return ', '.join(c for c, t in zip(kit.classes, there) if t) or 'none'
     return kit.classes[int(logits.argmax() if target is None else target)]
 
-# %% ../nbs/15_forget.ipynb #77cac679
+# %% ../nbs/15_forget.ipynb #b26a54e3
 FAR = 1.25   # times as far as the furthest image of the rehearsal's model
 
 def unlike(
@@ -175,8 +177,8 @@ def unlike(
     "Is a portrait unlike everything that the kit's statistics know?"
     far = untypical(features_of(model, S), state)
     known = max(v[-1] for v in kit.reference.untypical.values())
-    said = (f'UNLIKE ANYTHING that the model was trained or tested on: {{:.2f}}, and the '
-            f'furthest image known was {known:.2f}. Is it a portrait, and the right file?')
+    said = ('UNLIKE ANYTHING that the model was trained or tested on: {:.2f}, and the '
+            f'furthest image known was {known:.2f}. Is it the right file?')
     return [(float(f), said.format(f) if f > FAR * known else '') for f in far]
 
 def step(
@@ -238,37 +240,44 @@ def new_line(
                 path=far + (last.path if last else 0), notes=[],
                 previous=last.hash if last else kit_sha(a.kit))
 
-# %% ../nbs/15_forget.ipynb #ae5e4490
+# %% ../nbs/15_forget.ipynb #e7114a94
 def facts(
     kit: Kit, line: Line, model: nn.Module, θ_u: nn.Module,
     portraits: tuple, checks: tuple | None,   # (SupportSet, notes or names)
     state: dict,
 ) -> dict:
     "Everything that the report says."
-    S, notes = portraits
-    far = unlike(model, S, state, kit)
+    far = unlike(model, portraits[0], state, kit)
+    seen_on = looked_at(model, θ_u, portraits[0], kit)
     rows = [dict(name=f'portrait {k + 1}', notes=[*n, said] if said else n, untypical=f)
             | row for k, (row, n, (f, said)) in
-            enumerate(zip(looked_at(model, θ_u, S, kit), notes, far))]
+            enumerate(zip(seen_on, portraits[1], far))]
     seen = [] if not checks else [
         dict(name=n, notes=[]) | row
         for n, row in zip(checks[1], looked_at(model, θ_u, checks[0], kit))]
+    people = len(line.people) or len(rows)
+    return of_the_kit(kit, line, people, [said for _, said in far if said]) | dict(
+        portraits=rows, checks=seen, not_checked=not_checked(kit, len(seen)))
+
+# %% ../nbs/15_forget.ipynb #e14df314
+def of_the_kit(
+    kit: Kit, line: Line, people: int, warnings: list,
+) -> dict:
+    "What the kit knows of a request like this."
     late, words = limits(kit, line.path)
-    people = len(line.people) or len(S)
-    size = (f'The rehearsal played requests of {kit.rehearsal.people}, and this one is '
-            f'of {people}: what it says to expect may not hold.')
-    warnings = [said for _, said in far if said] + [words] * late
-    if people != kit.rehearsal.people: warnings.append(size)
+    warnings = warnings + [words] * late
+    if people != kit.rehearsal.people:
+        warnings.append(f'The rehearsal played requests of {kit.rehearsal.people}, '
+                        f'and this one is of {people}: what to expect may not hold.')
     mid = {k: v[10] for k, v in kit.reference.loss.items()}
     return line.model_dump(exclude={'portraits', 'people', 'notes', 'hash'}) | dict(
         promise=kit.promise, method=METHODS[kit.method].title, people=people,
-        portraits=rows, checks=seen, warnings=warnings, limits=words, reference=mid,
+        warnings=warnings, limits=words, reference=mid,
         own_answers=cost_of_own_answers(kit), expected=expected(kit, line.labels),
         rehearsed=len({r['request'] for r in kit.rehearsal.requests}),
-        rehearsal_portraits=kit.rehearsal.portraits,
-        not_checked=not_checked(kit, len(seen)))
+        rehearsal_portraits=kit.rehearsal.portraits)
 
-# %% ../nbs/15_forget.ipynb #2e65b4fb
+# %% ../nbs/15_forget.ipynb #5c0c6c41
 def write_all(
     folder: Path, targets: list, lines: list, line: Line, θ_u: nn.Module,
     report: dict, kit: Kit,
@@ -288,6 +297,7 @@ def write_all(
     appear_together(folder, dict(zip(targets, (weights, page, page)))
                     | {folder / 'ledger.jsonl': ledger})
 
+# %% ../nbs/15_forget.ipynb #e9789aad
 def in_short(
     report: dict, targets: list,
 ) -> str:
@@ -295,6 +305,7 @@ def in_short(
     lines = [f'Request {report["number"]}: {report["promise"]}', report['limits']]
     lines += [f'! {w}' for w in report['warnings'] if w != report['limits']]
     for p in report['portraits']:
-        lines.append(f'{p["name"]}: loss {p["loss_before"]:.3f} -> {p["loss_after"]:.3f}'
-                     + ''.join(f'; {n}' for n in p['notes'] if n.islower()))
+        went = f'{p["loss_before"]:.3f} -> {p["loss_after"]:.3f}'
+        notes = [n for n in p['notes'] if n not in report['warnings']]
+        lines.append('; '.join([f'{p["name"]}: loss {went}', *notes]))
     return '\n'.join([*lines, 'Written: ' + ', '.join(map(str, targets))])

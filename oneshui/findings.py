@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LIMITS', 'KIT_SETS', 'COLOURS', 'headline', 'other_lines', 'AuditReport', 'plain', 'rehearsed', 'not_looked_at',
-           'about_data', 'audit', 'attacks_drawn', 'people_drawn', 'gains_drawn', 'relearning_drawn', 'pictures',
-           'findings_html', 'write_findings']
+           'about_data', 'all_attacks', 'audit', 'attacks_drawn', 'people_drawn', 'gains_drawn', 'relearning_drawn',
+           'pictures', 'findings_html', 'write_findings']
 
 # %% ../nbs/api/findings.ipynb #0b826508
 import io, math, os, re, shutil
@@ -166,15 +166,23 @@ def about_data(
     return dict(fingerprint=o.faces.fingerprint, task=o.faces.task,
                 **{d: count(s) for d, s in o.sets.items()})
 
-# %% ../nbs/api/findings.ipynb #19ca35dd
+# %% ../nbs/api/findings.ipynb #7598d34d
+def all_attacks(
+    a: Audit, case: Case,
+) -> tuple:   # as of `attack_all`
+    "Those on the one model, and U-LiRA where there are models enough."
+    attacks, missing = attack_all(case, a.fpr)
+    u = u_lira_row(case)
+    return attacks | (dict(u_lira=u) if u else {}), missing
+
+# %% ../nbs/api/findings.ipynb #86d98fd8
 def audit(
     a: Audit,
     say: Callable = print,   # what a reader should see on the way
 ) -> AuditReport:            # it lies in the folder now, as JSON and HTML
     "Raises `PresetError` or `DataError` before any long work."
     case, pair = case_of(a, o := open_audit(a), say)
-    attacks, missing = attack_all(case, a.fpr)
-    if u := u_lira_row(case): attacks['u_lira'] = u
+    attacks, missing = all_attacks(a, case)
     names, judged = o.faces.identities, case.models.items()
     r = dict(attacks=attacks, forest={k: forest_found(x) for k, x in judged},
              people=people_found(case, names).to_dict('records'),
@@ -183,10 +191,11 @@ def audit(
              nearness=whom_like(case, pair),
              rehearsal=rehearsed(a, case) if a.kit else None,
              fpr=next(iter(attacks.values()))['models']['after']['fpr'])
-    r |= dict(not_checked=not_looked_at(a, r, missing), headline=headline(attacks, r['relearning']),
+    r |= dict(not_checked=not_looked_at(a, r, missing),
+              headline=headline(attacks, r['relearning']),
               summary=other_lines(r), data=about_data(o), made=today(),
-              versions=versions(), model=o.source.model_dump(),
-              files={str(p): file_sha(p) for p in every(o.paths)})
+              versions=versions(), model=o.source.model_dump())
+    r['files'] = {str(p): file_sha(p) for p in every(o.paths)}
     report = AuditReport(**plain(r))
     write_findings(report, pictures(report, case), Path(a.out))
     for line in (report.headline, *report.summary, f'Written: {a.out}'): say(line)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['LIBRARIES', 'CONVERT', 'WRAPPERS', 'Preprocessing', 'preprocessing', 'from_timm', 'from_torchvision',
-           'from_transformers', 'from_function', 'build', 'check_weights', 'read_weights', 'fill', 'last_linear',
-           'outputs_in', 'Classifier', 'find_head', 'checked', 'ModelSource', 'open_model']
+           'from_transformers', 'from_function', 'build', 'check_weights', 'read_weights', 'renamed', 'fill',
+           'last_linear', 'outputs_in', 'Classifier', 'find_head', 'check_answer', 'checked', 'ModelSource',
+           'open_model']
 
 # %% ../nbs/api/handlers.ipynb #1c46ba50
 import difflib, importlib, importlib.util, json, math
@@ -120,7 +121,7 @@ def from_torchvision(
     return net, dict(size=t.crop_size * 2, resize=min(t.resize_size), mean=t.mean,
                      std=t.std, interpolation=t.interpolation.value), None
 
-# %% ../nbs/api/handlers.ipynb #42d53717
+# %% ../nbs/api/handlers.ipynb #3e5e51aa
 def from_transformers(
     folder: str, options: dict,   # of `save_pretrained`; none are understood
     outputs: int | None,          # ignored: the configuration says it
@@ -138,21 +139,20 @@ def from_transformers(
     c = AutoConfig.from_pretrained(folder, local_files_only=True)
     net = AutoModelForImageClassification.from_config(c)
     names = [c.id2label[k] for k in sorted(c.id2label)]
-    generic = names == [f'LABEL_{k}' for k in range(len(names))]
-    return net, _processor(Path(folder)), None if generic else names
+    if names == [f'LABEL_{k}' for k in range(len(names))]: names = None   # generic
+    return net, _processor(Path(folder)), names
 
-# %% ../nbs/api/handlers.ipynb #2da31a97
+# %% ../nbs/api/handlers.ipynb #087d8d36
 def _processor(folder):
     # preprocessor_config.json as our table; None if it is not there
     f = folder / 'preprocessor_config.json'
     if not f.is_file(): return None
     c = json.loads(f.read_text())
     both = lambda s: (s, s) if isinstance(s, int) else (s['height'], s['width'])
-    size, crop = c.get('size', 224), c.get('crop_size')
-    resize = size['shortest_edge'] if 'shortest_edge' in size else both(size)
-    cut = c.get('do_center_crop') and crop
+    size, cut = c.get('size', 224), c.get('do_center_crop') and c.get('crop_size')
+    resize = both(size) if 'shortest_edge' not in str(size) else size['shortest_edge']
     if not cut and isinstance(resize, int): size = (resize, resize)
-    else: size = both(crop) if cut else resize
+    else: size = both(cut) if cut else resize
     kind = {0: 'nearest', 1: 'lanczos', 2: 'bilinear', 3: 'bicubic'}
     plain = dict(mean=(0., 0., 0.), std=(1., 1., 1.))
     scaled = plain if c.get('do_normalize') is False else dict(
@@ -229,7 +229,7 @@ def check_weights(
                           'write it with safetensors.torch.save_file.') from e
     return path
 
-# %% ../nbs/api/handlers.ipynb #50091683
+# %% ../nbs/api/handlers.ipynb #a5079838
 WRAPPERS = ('module.', '_orig_mod.')   # what DataParallel and torch.compile put before
 
 def read_weights(
@@ -242,13 +242,26 @@ def read_weights(
             found = {k[len(w):]: v for k, v in found.items()}
     return {k: v.float() if v.is_floating_point() else v for k, v in found.items()}
 
+# %% ../nbs/api/handlers.ipynb #f09c3c6d
+def renamed(
+    net: nn.Module, tensors: dict,
+) -> dict:   # the same tensors
+    "By the names of today's transformers, whose files keep those of former versions."
+    if not hasattr(net, 'save_pretrained') or {*tensors} == {*net.state_dict()}:
+        return tensors
+    same, found = type(net).from_pretrained(None, config=net.config, state_dict=tensors,
+                                            output_loading_info=True)
+    lost = found['missing_keys'] or found['unexpected_keys'] or found['mismatched_keys']
+    return tensors if lost else same.state_dict()
+
+# %% ../nbs/api/handlers.ipynb #bf98fad4
 def fill(
     net: nn.Module,   # gets the weights
     tensors: dict,    # name -> tensor
     path: str | Path, name: str,   # of the file and of the model, for the message
 ):
     "All of a network's tensors. Raises `PresetError` naming those that do not fit."
-    own = net.state_dict()
+    own, tensors = net.state_dict(), renamed(net, tensors)
     twins = {v.data_ptr() for k, v in own.items() if k in tensors and v.numel()}
     missing = [k for k, v in own.items() if k not in tensors
                and not k.endswith('num_batches_tracked') and v.data_ptr() not in twins]
@@ -283,15 +296,14 @@ def outputs_in(
     w = tensors.get(f'{last_linear(net)}.weight')
     return None if w is None else len(w)
 
-# %% ../nbs/api/handlers.ipynb #36d757ab
+# %% ../nbs/api/handlers.ipynb #6e4354f8
 class Classifier(nn.Module):
     "Any network in the form that methods want: logits, and what its head is fed with."
     def __init__(self,
         net: nn.Module,    # as it was built
         head: str | None,  # name of its last linear layer; None: it has none
     ):
-        super().__init__()
-        self.net, self.head = net, head
+        super().__init__(); self.net, self.head = net, head
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:   # images -> logits [n, c]
         out = self.net(x)
@@ -330,7 +342,22 @@ def find_head(
         for h in hooks: h.remove()
     return next((k for k, a in reversed(ran) if a.ndim == 2), None)
 
-# %% ../nbs/api/handlers.ipynb #b6a915d2
+# %% ../nbs/api/handlers.ipynb #a5eec058
+def check_answer(
+    out,         # what a network answered to two grey images
+    name: str,   # of the model, for messages
+) -> torch.Tensor:   # logits [2, c]
+    "Raise `PresetError` unless these are finite logits."
+    out = out if isinstance(out, torch.Tensor) else getattr(out, 'logits', None)
+    if out is None or out.ndim != 2 or len(out) != 2:
+        said = 'no tensor' if out is None else f'a tensor {list(out.shape)}'
+        raise PresetError(f'{name}: answers two images with {said}; expected logits '
+                          '[2, classes], or an output with .logits.')
+    if torch.isfinite(out).all(): return out
+    raise PresetError(f'{name}: the logits of a grey image are not finite. Are these '
+                      'the right weights?')
+
+# %% ../nbs/api/handlers.ipynb #de4e6fea
 @torch.no_grad()
 def checked(
     net: nn.Module,      # in eval mode
@@ -338,20 +365,14 @@ def checked(
     name: str,           # of the model, for messages
 ) -> Classifier:
     "Run it once. Raises `PresetError` unless it answers with finite logits."
-    x = prep.normalised(torch.full((2, len(prep.mean), *prep.size), 128, dtype=torch.uint8))
+    grey = torch.full((2, len(prep.mean), *prep.size), 128, dtype=torch.uint8)
+    x = prep.normalised(grey)
     try: out = net(x)
     except Exception as e:   # code of others
         raise PresetError(f'{name}: does not run on an image of {list(x.shape[1:])} '
                           f'({type(e).__name__}: {str(e)[:200]}). State another size '
                           'or number of channels.') from e
-    out = out if isinstance(out, torch.Tensor) else getattr(out, 'logits', None)
-    if out is None or out.ndim != 2 or len(out) != 2:
-        said = 'no tensor' if out is None else f'a tensor {list(out.shape)}'
-        raise PresetError(f'{name}: answers two images with {said}; expected logits '
-                          '[2, classes], or an output with .logits.')
-    if not torch.isfinite(out).all():
-        raise PresetError(f'{name}: the logits of a grey image are not finite. Are '
-                          'these the right weights?')
+    out = check_answer(out, name)
     model = Classifier(net, find_head(net, x, out.shape[1]))
     model.outputs = out.shape[1]
     return model

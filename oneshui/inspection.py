@@ -146,7 +146,7 @@ class Opened:
         "A fresh copy of a model."
         return self.source.load(path)
 
-# %% ../nbs/api/inspection.ipynb #4a74f907
+# %% ../nbs/api/inspection.ipynb #ef45dd86
 def open_audit(
     a: Audit,
 ) -> Opened:
@@ -165,7 +165,8 @@ def open_audit(
     supported_fpr(len(np.unique(controls)), a.fpr)
     photos = Photos(people.faces, source.preprocessing)
     if people.own_labels: people = answered(people, photos, model)
-    return Opened(source, paths, audit_sets(people, photos, asked, a.data), people.faces)
+    sets = audit_sets(people, photos, asked, a.data)
+    return Opened(source, paths, sets, people.faces)
 
 MANY = 'references', 'forgotten', 'pair'
 

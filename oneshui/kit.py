@@ -62,7 +62,7 @@ def untypical(
     z = (features - state['features.mean']) / state['features.std']
     return z.square().mean(1).sqrt().numpy()
 
-# %% ../nbs/api/kit.ipynb #67998f99
+# %% ../nbs/api/kit.ipynb #720a2ede
 class DataCard(Spec):
     "What the model learned from, without anything of it."
     fingerprint: str   # of paths, names, labels and pixels
@@ -74,7 +74,7 @@ class DataCard(Spec):
     used: int          # images in train that the preparation looked at
 
 class Reference(Spec):
-    "How the model treats members and strangers: 'members', 'strangers' -> 21 quantiles."
+    "How the model treats 'members' and 'strangers': 21 quantiles of each."
     loss: dict[str, list[float]]
     margin: dict[str, list[float]]
     untypical: dict[str, list[float]]
@@ -111,7 +111,7 @@ class Kit(Spec):
     salt: str                # of the hashes in the ledger
     state_sha: str
 
-# %% ../nbs/api/kit.ipynb #cf0ff312
+# %% ../nbs/api/kit.ipynb #b4b7b2e0
 def state_sizes(
     model: nn.Module,    # a Classifier
     images_bytes: int,   # of all image files in train
@@ -136,15 +136,19 @@ def file_sha(
         while block := f.read(1 << 20): h.update(block)
     return h.hexdigest()
 
-def today() -> str: return datetime.date.today().isoformat()
+# %% ../nbs/api/kit.ipynb #f45bbf23
+def today() -> str:
+    "The date."
+    return datetime.date.today().isoformat()
 
+# %% ../nbs/api/kit.ipynb #374cad8f
 def versions() -> dict:
     "Of this package and of torch."
     try: own = version('oneshui')
     except PackageNotFoundError: own = 'unknown'
     return dict(oneshui=own, torch=torch.__version__)
 
-# %% ../nbs/api/kit.ipynb #b7bffe88
+# %% ../nbs/api/kit.ipynb #938e054a
 def check_place(
     folder: str | Path,   # where a kit shall lie
 ) -> Path:
@@ -160,6 +164,7 @@ def check_place(
         raise DataError(f'{folder.parent}: cannot be written to. Name another folder.')
     return folder
 
+# %% ../nbs/api/kit.ipynb #976f4b3e
 def write_kit(
     folder: str | Path,
     table: dict,   # fields of a `Kit`, but state_sha
@@ -178,7 +183,7 @@ def write_kit(
     os.replace(part, folder)
     return kit
 
-# %% ../nbs/api/kit.ipynb #0757f4a9
+# %% ../nbs/api/kit.ipynb #94b4dbc4
 def read_kit(
     folder: str | Path,
 ) -> tuple:   # Kit, state (name -> tensor)
@@ -191,8 +196,8 @@ def read_kit(
     try: kit = Kit.model_validate_json(f.read_text())
     except (ValidationError, UnicodeDecodeError) as e:
         why = '; '.join(map(in_words, e.errors()[:3])) if hasattr(e, 'errors') else e
-        raise StoreError(f'{f}: cannot be understood ({why}). Restore it from a copy, or '
-                         'prepare again while the data is there.') from e
+        raise StoreError(f'{f}: cannot be understood ({why}). Restore it from a copy, '
+                         'or prepare again while the data is there.') from e
     s = folder / 'state.safetensors'
     if not s.is_file() or file_sha(s) != kit.state_sha:
         raise StoreError(f'{s}: is not what kit.json was written with. Restore the '
@@ -200,6 +205,7 @@ def read_kit(
     try: return kit, load_file(s)
     except SafetensorError as e: raise StoreError(f'{s}: {e}. Restore it.') from e
 
+# %% ../nbs/api/kit.ipynb #291b7eb0
 def kit_sha(
     folder: str | Path,
 ) -> str:   # 16 hex digits

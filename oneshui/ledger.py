@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 from .core import DataError, Spec, StoreError
 
-# %% ../nbs/api/ledger.ipynb #1c7c283e
+# %% ../nbs/api/ledger.ipynb #b7a3393f
 class Line(Spec):
     "One request."
     number: int
@@ -39,6 +39,7 @@ def line_hash(
     plain = line.model_dump(mode='json') | dict(hash='')
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
+# %% ../nbs/api/ledger.ipynb #acc2af18
 def signed(
     line: Line,
 ) -> Line:
@@ -76,7 +77,7 @@ def tampered(
     return StoreError(f'{file}: line {n} {what}. Restore the ledger from a copy; until '
                       'then nothing says which model is the last one.')
 
-# %% ../nbs/api/ledger.ipynb #0e845742
+# %% ../nbs/api/ledger.ipynb #96791f5b
 OPEN, DONE = '.journal.open', '.journal'
 
 def part_of(
@@ -93,6 +94,7 @@ def flush(
     try: os.fsync(fd)
     finally: os.close(fd)
 
+# %% ../nbs/api/ledger.ipynb #480c2b77
 def recover(
     folder: Path,   # of the kit
 ):

@@ -694,7 +694,7 @@ def named_support(
     who = positions(support.identity, known) if 'identities' in inputs else known[:0]
     return x, y, torch.from_numpy(who).to(x.device)
 
-# %% ../nbs/12_metastep.ipynb #ccd33f02
+# %% ../nbs/12_metastep.ipynb #f085a1b9
 def metastep_prepare(model, train, val, *,
     simulated_size: Count,         # people in a simulated request; a run fills in N_S
     sizes: Sizes = PerBand(),      # how far: H
@@ -712,14 +712,12 @@ def metastep_prepare(model, train, val, *,
     "ψ and φ, learned on simulated requests. Raises `NumbersError`."
     sim = Simulation(model, train, val, simulated_size, batch_size, singles)
     M = loss.make(*shape_of(model, val), 0).to(device_of(model))
-    H = sizes.make(model).to(device_of(model))
-    H.look_at(model, train)
+    H = sizes.make(model).to(device_of(model)); H.look_at(model, train)
     rates = [dict(params=m.parameters(), lr=r) for m, r in ((H, lr), (M, lr_loss))]
     parts = sim, Step(model, M, H), objective, torch.optim.Adam(rates), requests
     last = partial(calibrate, requests=calibration) if calibration else None
     learner = MetaLearner(*parts, predicted_labels)
-    first = partial(find_start, requests=start)
-    learner.fit(sim.requests(requests), first, last)
+    learner.fit(sim.requests(requests), partial(find_start, requests=start), last)
     return stored(H=H, M=M) | learner.record()
 
 # %% ../nbs/12_metastep.ipynb #db16ab99

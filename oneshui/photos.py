@@ -7,11 +7,12 @@ __all__ = ['SPLITS', 'IMAGES', 'MOST_PIXELS', 'SMALLEST', 'WIDEST', 'read_table'
            'read_targets', 'check_count', 'attributes', 'refuse_recogniser', 'read_folder', 'People', 'read_people',
            'Photo', 'read_photo', 'check_shape', 'photo_hash', 'Photos', 'PhotoSet', 'as_support']
 
-# %% ../nbs/api/photos.ipynb #970a5ab7
+# %% ../nbs/api/photos.ipynb #3f625dde
 import hashlib, io
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, pandas as pd, torch
+from fastcore.basics import patch
 from PIL import Image
 from .core import DataError, progress
 from .data import Faces, as_rgb, make_faces
@@ -44,7 +45,7 @@ def read_table(
     if len(twice): raise DataError(f'{file}: column {twice[0]} stands twice. Rename.')
     return t
 
-# %% ../nbs/api/photos.ipynb #4719ab1d
+# %% ../nbs/api/photos.ipynb #c95d0c5a
 def demand(
     ok,                    # for each row: is it as it should be?
     t: pd.DataFrame, file: Path,
@@ -56,6 +57,7 @@ def demand(
         row, more = t.iloc[bad[0]], f' ({len(bad)} rows)' * (len(bad) > 1)
         raise DataError(f'{file}: row {t.index[bad[0]]}, {complaint(row)}{more}')
 
+# %% ../nbs/api/photos.ipynb #8a257226
 def check_rows(
     t: pd.DataFrame,   # from `read_table`
     file: Path,
@@ -98,7 +100,7 @@ def check_people(
         raise DataError(f'{file}: {several.sum()} people in train have more than one '
                         'image, so no request can be simulated. Add images.')
 
-# %% ../nbs/api/photos.ipynb #8569f927
+# %% ../nbs/api/photos.ipynb #e3f0f6f7
 def read_targets(
     t: pd.DataFrame,       # target columns, strings
     file: Path,
@@ -107,22 +109,21 @@ def read_targets(
 ) -> tuple:                # targets, task, classes
     "Targets as the model's outputs. Raises `DataError`."
     if len(t.columns) > 1: return attributes(t, file, classes, outputs)
-    name = t.columns[0]
-    numbers = t[name].str.fullmatch(r'\d+')
+    name, numbers = t.columns[0], t.iloc[:, 0].str.fullmatch(r'\d+')
     if classes is None and not numbers.all():
-        raise DataError(f'{file}: {name} holds names ({", ".join(sorted(set(t[name]))[:5])}'
-                        ', …) and the order of the model\'s outputs is not known. Say '
-                        '--classes NAME,NAME,… in that order, or write numbers 0, 1, …')
-    if classes is None or (numbers.all() and not set(t[name]) <= {*classes}):
-        named = classes if len(classes or ()) == outputs else None
-        classes, codes = named or [str(k) for k in range(outputs)], t[name].astype(int)
+        some = ', '.join(sorted(set(t[name]))[:5])
+        raise DataError(f'{file}: {name} holds names ({some}, …) and the order of the '
+                        'model\'s outputs is not known. Say --classes NAME,NAME,… in '
+                        'that order, or write numbers 0, 1, …')
+    if classes: check_count(classes, outputs, file)
+    if numbers.all() and not set(t[name]) <= {*(classes or ())}:
+        classes, codes = classes or [*map(str, range(outputs))], t[name].astype(int)
     else:
         demand(t[name].isin(classes), t, file, lambda row: (
             f'{name} is "{row[name]}"; expected one of {", ".join(classes)}'))
         codes = t[name].map({c: k for k, c in enumerate(classes)})
     demand(codes < outputs, t, file, lambda row: (
         f'{name} is "{row[name]}", and the model has outputs 0…{outputs - 1}'))
-    check_count(classes, outputs, file)
     return codes.to_numpy(np.int64), 'multiclass', list(classes)
 
 # %% ../nbs/api/photos.ipynb #d9c85fac
@@ -191,7 +192,7 @@ def read_folder(
     check_people(t, root)
     return t
 
-# %% ../nbs/api/photos.ipynb #79cf023a
+# %% ../nbs/api/photos.ipynb #7def4a00
 @dataclass(frozen=True, eq=False)
 class People:
     "Everybody's images, and what each image was."
@@ -203,6 +204,7 @@ class People:
         "Rows of the table, in its order."
         return np.flatnonzero(np.isin(self.split, splits))
 
+# %% ../nbs/api/photos.ipynb #7599a664
 def read_people(
     where: str | Path,            # a CSV file, or a folder
     outputs: int,                 # of the model
@@ -224,7 +226,7 @@ def read_people(
     refuse_recogniser(faces) if not own else None
     return People(faces, t.split.to_numpy(str), own)
 
-# %% ../nbs/api/photos.ipynb #0800db64
+# %% ../nbs/api/photos.ipynb #d926c6c2
 MOST_PIXELS, SMALLEST, WIDEST = 100_000_000, 16, 4.   # in all, an edge, width : height
 
 @dataclass(frozen=True, eq=False)
@@ -233,6 +235,7 @@ class Photo:
     image: Image.Image                        # RGB, upright
     notes: list = field(default_factory=list) # what was done to it
 
+# %% ../nbs/api/photos.ipynb #62375027
 def read_photo(
     path: str | Path,
 ) -> Photo:
@@ -283,7 +286,7 @@ def photo_hash(
     h = hashlib.sha256(salt.encode() + x.contiguous().numpy().tobytes())
     return h.hexdigest()[:16]
 
-# %% ../nbs/api/photos.ipynb #a82c3a4e
+# %% ../nbs/api/photos.ipynb #0ed37486
 class Photos(torch.utils.data.Dataset):
     "All images of a table as a model wants them, before normalisation."
     def __init__(self,
@@ -305,23 +308,25 @@ class Photos(torch.utils.data.Dataset):
             raise DataError(f'{path}: cannot be decoded ({e}). Restore the file, or '
                             'delete its row.') from e
 
-    def decoded(self) -> np.ndarray:   # uint8 [n, c, h, w]
-        "Everything. Raises `DataError` naming all bad files."
-        shape = len(self.faces), len(self.prep.mean), *self.prep.size
-        out, bad = np.empty(shape, np.uint8), []
-        for i in progress(range(len(out)), 'decoding'):
-            try: out[i] = self.one(i)
-            except DataError as e: bad.append(str(e))
-        if not bad: return out
-        raise DataError(f'{len(bad)} image(s) cannot be decoded. First: '
-                        + '\n  '.join(bad[:5]))
-
     def batch(self, idx: np.ndarray) -> torch.Tensor:   # uint8 [b, c, h, w]
         "Several images."
         if self.map is not None: return torch.from_numpy(self.map[np.asarray(idx)])
         return torch.from_numpy(np.stack([self.one(int(i)) for i in idx]))
 
-# %% ../nbs/api/photos.ipynb #39059c49
+# %% ../nbs/api/photos.ipynb #60a982db
+@patch
+def decoded(self: Photos) -> np.ndarray:   # uint8 [n, c, h, w]
+    "Everything. Raises `DataError` naming all bad files."
+    shape = len(self.faces), len(self.prep.mean), *self.prep.size
+    out, bad = np.empty(shape, np.uint8), []
+    for i in progress(range(len(out)), 'decoding'):
+        try: out[i] = self.one(i)
+        except DataError as e: bad.append(str(e))
+    if not bad: return out
+    raise DataError(f'{len(bad)} image(s) cannot be decoded. First: '
+                    + '\n  '.join(bad[:5]))
+
+# %% ../nbs/api/photos.ipynb #7b5ebf6b
 class PhotoSet(ImageSet):
     "Rows of a table, with the preprocessing of a user's model."
     def subset(self, rows: np.ndarray) -> 'PhotoSet':   # indices into this set

@@ -23,7 +23,7 @@ from .metrics import score, task_loss
 from .photos import People, Photos, PhotoSet
 from .vit import SupportSet, predict
 
-# %% ../nbs/api/rehearsal.ipynb #4501b6ef
+# %% ../nbs/api/rehearsal.ipynb #f9c62021
 @dataclass(frozen=True, eq=False)
 class Play:
     "A request that is played: rows of the table."
@@ -42,6 +42,7 @@ def one_person(
     one = rng.choice(learned)
     return one, learned[learned != one]
 
+# %% ../nbs/api/rehearsal.ipynb #f908558a
 def draw_plays(
     people: People,
     n: int,       # requests
@@ -55,10 +56,10 @@ def draw_plays(
     held = np.zeros_like(learned, bool)
     held[people.faces.identity[people.rows('portrait')]] = True
     able = np.flatnonzero(held & (learned > 0) if held.any() else learned > 1)
-    if len(able) < 2 * size:
+    if len(able) <= size:
         raise DataError(f'{people.faces.name}: {len(able)} people can play requesters '
                         f'(two images, or a portrait that was held out); requests of '
-                        f'{size} need {2 * size}. Ask for fewer people in a request.')
+                        f'{size} need {size + 1}. Ask for fewer people in a request.')
     able = rng.permutation(able)
     groups = [able[k:k + size] for k in range(0, len(able) - size + 1, size)][:n]
     plays = []
@@ -67,7 +68,7 @@ def draw_plays(
         plays.append(Play(np.array(rows), np.concatenate(own), np.asarray(g)))
     return plays
 
-# %% ../nbs/api/rehearsal.ipynb #b588b517
+# %% ../nbs/api/rehearsal.ipynb #a9daee7f
 SETS = ('own', 'others', 'strangers')
 
 def seen(
@@ -90,6 +91,7 @@ def measured(
     member = np.repeat([1, 0], [len(losses['own']), len(losses['strangers'])])
     return found | dict(attack=100 * roc_auc_score(member, -both.numpy()))
 
+# %% ../nbs/api/rehearsal.ipynb #aa971a7e
 def nearness(
     after: dict, before: dict,   # from `measured`
 ) -> float:                      # 0…100
@@ -107,7 +109,7 @@ def moved(
     far = sum((a - b).square().sum() for a, b in pairs)
     return math.sqrt(far / sum(b.square().sum() for _, b in pairs))
 
-# %% ../nbs/api/rehearsal.ipynb #c74a1906
+# %% ../nbs/api/rehearsal.ipynb #dacabf0c
 NOTHING, OWN, ONE = 'doing nothing', 'own answers', 'one learned size'
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +138,7 @@ class Bench:
         return dict(own=self.set(own), others=self.set(few(others)),
                     strangers=self.set(few(strangers)))
 
+# %% ../nbs/api/rehearsal.ipynb #421692bd
 def own_labels(
     model: nn.Module, support: SupportSet,
 ) -> SupportSet:
@@ -169,7 +172,7 @@ def rehearse(
             for r in play_one(bench, p, k, arms)]
     return pd.DataFrame(rows)
 
-# %% ../nbs/api/rehearsal.ipynb #e1221c5d
+# %% ../nbs/api/rehearsal.ipynb #201f836f
 def in_turn(
     bench: Bench, plays: list,
     forget: Callable,   # (model, support) -> model
@@ -188,9 +191,10 @@ def in_turn(
                          nothing=nearness(before, before)) | after)
     return pd.DataFrame(rows)
 
+# %% ../nbs/api/rehearsal.ipynb #b8e71415
 def covered(
     turns: list,   # of dicts, from `in_turn`
-) -> tuple:        # requests, sum of steps: up to where forgetting was no worse than nothing
+) -> tuple:        # requests, sum of steps: as long as it was no worse than nothing
     "What the rehearsal covers."
     good = [(0, 0.)]
     for t in turns:
@@ -212,11 +216,11 @@ def for_one_more(
     half = stats.t.ppf(1 - tail, n - 1) * v.std(ddof=1) * math.sqrt(1 + 1 / n)
     return float(v.mean() - half), float(v.mean() + half)
 
-# %% ../nbs/api/rehearsal.ipynb #bbe8dd31
+# %% ../nbs/api/rehearsal.ipynb #913a3f55
 def changes(
     requests: list | pd.DataFrame,   # of a kit
     arm: str,
-) -> pd.DataFrame:   # request, own_score, …: after minus before; nearness: against nothing
+) -> pd.DataFrame:   # request, own_score, …, nearness: after minus before
     "What an arm changed in each request."
     t = pd.DataFrame(requests)
     what = [f'{k}_{m}' for k in SETS for m in ('score', 'error', 'loss')]
@@ -237,7 +241,7 @@ def summary(
         rows.append(dict(what=what, mean=mean, half=half, low=low, high=high, n=n))
     return pd.DataFrame(rows).set_index('what')
 
-# %% ../nbs/api/rehearsal.ipynb #af1bce53
+# %% ../nbs/api/rehearsal.ipynb #46429b90
 def compare(
     requests: list | pd.DataFrame,
     a: str, b: str,   # arms
@@ -247,9 +251,10 @@ def compare(
     mean, half, _ = t_interval(t[a] - t[b])
     return mean, half
 
+# %% ../nbs/api/rehearsal.ipynb #d5e5b072
 def standing(
     requests: list | pd.DataFrame, title: str,
-) -> tuple:   # 'works' | 'fails' | 'unknown', a sentence
+) -> tuple:   # 'works' | 'fails' | 'undecided', a sentence
     "Does it beat doing nothing, and what did better?"
     mean, half = compare(requests, title, NOTHING)
     t = pd.DataFrame(requests).groupby('arm').nearness.mean()
@@ -259,11 +264,14 @@ def standing(
               and np.subtract(*compare(requests, a, title)) > 0]
     said = f' Better: {" and ".join(f"{a} ({t[a]:.1f})" for a in better)}.'
     said = said if better else ''
-    if not math.isfinite(half): return 'unknown', f'Too few requests ({found}).'
-    if mean - half > 0: return 'works', f'{title} came nearer to not knowing ({found}).' + said
-    return 'fails', f'{title} does not do better than doing nothing here ({found}).' + said
+    if not math.isfinite(half): return 'undecided', f'too few requests ({found}).'
+    if mean - half > 0:
+        return 'works', f'{title} came nearer to not knowing ({found}).{said}'
+    if mean + half < .05:
+        return 'fails', f'{title} does no better than doing nothing ({found}).{said}'
+    return 'undecided', f'{title} may or may not beat doing nothing ({found}).{said}'
 
-# %% ../nbs/api/rehearsal.ipynb #2a8dc92a
+# %% ../nbs/api/rehearsal.ipynb #4057f690
 def promise(
     requests: list | pd.DataFrame,
     title: str,   # of the method's arm
@@ -272,11 +280,12 @@ def promise(
     verdict, said = standing(requests, title)
     t = pd.DataFrame(requests)
     n = t.request.nunique()
-    gap = t[t.arm == NOTHING].groupby('request')[['own_error', 'strangers_error']].mean()
+    gap = t[t.arm == NOTHING]
     mean, half, _ = t_interval(gap.strangers_error - gap.own_error)
-    start = dict(works='It works on this model', unknown='It is not known whether it '
-                 'works', fails='IT DOES NOT WORK ON THIS MODEL')[verdict]
-    known = (f' The model\'s error on strangers is {100 * mean:+.1f} ± {100 * half:.1f} '
-             'points above that on its people: what there is to forget.')
+    start = dict(works='It works on this model', undecided='IT IS UNDECIDED WHETHER IT '
+                 'WORKS ON THIS MODEL', fails='IT DOES NOT WORK ON THIS MODEL')[verdict]
+    gap = f'{100 * mean:+.1f} ± {100 * half:.1f}'
+    known = (f' The model\'s error on strangers is {gap} points above that on its '
+             'people: what there is to forget.')
     if mean - half <= 0: known += ' That is not distinguishable from nothing.'
     return f'{start}, in a rehearsal of {n} requests: {said}{known}'

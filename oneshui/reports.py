@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WORDS', 'arm_of', 'expected', 'cost_of_own_answers', 'not_checked', 'picture', 'limits', 'as_html', 'write_report']
 
-# %% ../nbs/api/reports.ipynb #9f94a096
-import io, json
+# %% ../nbs/api/reports.ipynb #81efcb64
+import io, json, re
 from importlib.resources import files
 from pathlib import Path
 import matplotlib.pyplot as plt, pandas as pd
@@ -15,7 +15,7 @@ from .kit import Kit
 from .methods import METHODS
 from .rehearsal import NOTHING, OWN, changes, compare, covered, summary
 
-# %% ../nbs/api/reports.ipynb #6ab70deb
+# %% ../nbs/api/reports.ipynb #67ce4c84
 WORDS = {'own_score': "score on the person's other images, points",
          'own_error': "error on the person's other images",
          'others_score': "score on other members' images, points",
@@ -34,9 +34,10 @@ def expected(
 ) -> dict:   # what -> mean, low, high, in words' order
     "Changes that a request like this brought in the rehearsal, 90 % interval for one."
     t = summary(kit.rehearsal.requests, arm_of(kit, labels))
-    return {k: t.loc[k, ['mean', 'half', 'low', 'high']].astype(float).round(4).to_dict()
-            for k in WORDS}
+    t = t[['mean', 'half', 'low', 'high']].astype(float).round(4)
+    return {k: t.loc[k].to_dict() for k in WORDS}
 
+# %% ../nbs/api/reports.ipynb #473ad1d2
 def cost_of_own_answers(
     kit: Kit,
 ) -> str:
@@ -47,14 +48,14 @@ def cost_of_own_answers(
     return (f'In the rehearsal, the model\'s own answers instead of labels changed the '
             f'nearness by {mean:+.2f} ± {half:.2f}.')
 
-# %% ../nbs/api/reports.ipynb #54cab572
+# %% ../nbs/api/reports.ipynb #a8b6a9aa
 def not_checked(
     kit: Kit, checks: int,   # images that the user named
 ) -> list:
     "What this report cannot know."
-    said = ["The person's other training images: they are gone. What is said about them "
-            'is what happened to others in the rehearsal.',
-            'Whether the person was in the training data at all: the kit holds no names.',
+    said = ["The person's other training images: they are gone. What is said about "
+            'them is what happened to others in the rehearsal.',
+            'Whether the person was in the training data: the kit holds no names.',
             'Whether the portrait shows the person who asks.',
             'Attacks stronger than a threshold on the loss (RMIA, LiRA, relearning): '
             'they need data.',
@@ -67,10 +68,10 @@ def not_checked(
                     'trained on.')
     if kit.data.own_labels:
         said.append('Accuracy: the model\'s own answers stood in for labels.')
-    if not checks: said.append('Any image beside the portrait: none was named (--check).')
+    if not checks: said.append('Any other image: none was named (--check).')
     return said
 
-# %% ../nbs/api/reports.ipynb #7a1a99b4
+# %% ../nbs/api/reports.ipynb #700a478b
 def picture(
     kit: Kit,
     moved: float, path: float,   # of this step, of all steps
@@ -90,7 +91,8 @@ def picture(
     out = io.StringIO()
     fig.savefig(out, format='svg')
     plt.close(fig)
-    return out.getvalue().partition('<svg')[1] + out.getvalue().partition('<svg')[2]
+    drawn = re.search('<svg.*', out.getvalue(), re.S)[0]
+    return re.sub('<metadata>.*?</metadata>', '', drawn, flags=re.S)   # of its maker
 
 # %% ../nbs/api/reports.ipynb #b633e0ac
 def limits(
