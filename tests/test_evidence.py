@@ -203,20 +203,19 @@ def office(tmp_path_factory, smoke):
     return SimpleNamespace(folder=folder, table=table, asked=asked)
 
 
-def command(office, after, *more, drop=(), **given):
+def command(office, model_after, **given):
     "Run `oneshui audit`; its status, what it said, and the report's folder."
     f, out = office.folder, office.folder / 'report'
     shutil.rmtree(out, ignore_errors=True)
     at = lambda n: str(f / f'{n}.safetensors')
-    words = dict(model=f'{f}/net.py:net', weights=at('before'), after=at(after),
+    words = dict(model=f'{f}/net.py:net', weights=at('before'), after=at(model_after),
                  retrain=at('retrain'), references=at('ref'), data=office.table,
                  people=','.join(office.asked), out=out, size=32, views=2,
                  steps=20, rate=.03) | given
-    words = {k: v for k, v in words.items() if k not in drop}
     argv = [str(x) for k, v in words.items() for x in (f'--{k}', v)]
     said, wrong = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(wrong):
-        status = run(['audit', *argv, *map(str, more)])
+        status = run(['audit', *argv])
     return status, said.getvalue() + wrong.getvalue(), out
 
 
