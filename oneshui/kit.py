@@ -62,7 +62,7 @@ def untypical(
     z = (features - state['features.mean']) / state['features.std']
     return z.square().mean(1).sqrt().numpy()
 
-# %% ../nbs/api/kit.ipynb #720a2ede
+# %% ../nbs/api/kit.ipynb #90344fba
 class DataCard(Spec):
     "What the model learned from, without anything of it."
     fingerprint: str   # of paths, names, labels and pixels
@@ -71,6 +71,7 @@ class DataCard(Spec):
     strangers: int     # people in val and test
     held_out: int      # portraits that were kept out of training
     own_labels: bool   # the model's own answers stood in for labels
+    assumed: bool = False  # nobody said who is a stranger: some were drawn
     used: int          # images in train that the preparation looked at
 
 class Reference(Spec):

@@ -48,7 +48,7 @@ def cost_of_own_answers(
     return (f'In the rehearsal, the model\'s own answers instead of labels changed the '
             f'nearness by {mean:+.2f} ± {half:.2f}.')
 
-# %% ../nbs/api/reports.ipynb #a8b6a9aa
+# %% ../nbs/api/reports.ipynb #92ed41e7
 def not_checked(
     kit: Kit, checks: int,   # images that the user named
 ) -> list:
@@ -66,6 +66,9 @@ def not_checked(
     if kit.rehearsal.portraits != 'held out':
         said.append('Portraits that the model never saw: those of the rehearsal were '
                     'trained on.')
+    if kit.data.assumed:
+        said.append('Who is a stranger to the model: the data did not say, and a fifth '
+                    'of the people, by chance, were taken for strangers.')
     if kit.data.own_labels:
         said.append('Accuracy: the model\'s own answers stood in for labels.')
     if not checks: said.append('Any other image: none was named (--check).')

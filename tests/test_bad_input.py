@@ -142,8 +142,8 @@ PREPARE = {   # what is wrong -> (scene -> argv, what the message has to say)
     'an empty table': (lambda s: s.prepare(table=s.table.iloc[:0]), ['no row']),
     'a table that is an image': (lambda s: s.prepare(data=s.file(
         'x.csv', b'\x89PNG\r\n\x1a\n\xff\xfe')), ['x.csv', 'UTF-8']),
-    'a column is missing': (lambda s: s.prepare(table=s.table.drop(columns='split')),
-                            ['missing: split', 'staff.csv']),
+    'a column is missing': (lambda s: s.prepare(table=s.table.drop(columns='identity')),
+                            ['missing: identity', 'staff.csv']),
     'no target': (lambda s: s.prepare(table=s.table.drop(columns='age')), ['target']),
     'an empty cell': (lambda s: s.prepare(table=s.with_line('age', '', 3)),
                       ['row 5', 'age is empty']),

@@ -400,6 +400,27 @@ def test_a_folder_a_person(office, tmp_path):
     assert any('own answers' in n for n in report['not_checked'])
 
 
+def test_nobody_says_who_is_a_stranger(office, tmp_path):
+    "A table without `split`, and a folder a person: both say that strangers are drawn."
+    t = pd.read_csv(office / 'ages.csv')
+    bare = t[t.split != 'portrait'].drop(columns='split')
+    bare.to_csv(office / 'bare.csv', index=False)
+    for j, i in t[t.split == 'train'].path.str.split('_').str[0].items():
+        (tmp_path / f'staff/{i}').mkdir(parents=True, exist_ok=True)
+        shutil.copy(office / t.path[j], tmp_path / f'staff/{i}')
+    heard = []
+    for where in ('bare', 'staff'):
+        data = office / 'bare.csv' if where == 'bare' else tmp_path / 'staff'
+        prepare(asked(data=str(data), kit=str(tmp_path / where / 'kit'),
+                      **model_of('function', office, 3) | QUICK), say=heard.append)
+        kit, _ = read_kit(tmp_path / where / 'kit')
+        assert kit.data.assumed
+        assert kit.data.strangers == (kit.data.people + kit.data.strangers) // 5
+        report = ask(tmp_path / where, office)
+        assert any('by chance' in said for said in report['not_checked'])
+    assert sum('split' in line for line in heard) == 2
+
+
 def test_other_one_shot_methods(office, tmp_path):
     for method, hyper in (('neggrad', dict(lr=.01)), ('pgu', dict(lr=.01, epochs=1,
                           gamma=.9)), ('ssd', dict(dampening=.5, selection=10.))):
