@@ -307,5 +307,8 @@ def test_headlines():
     told['b'] = dict(title='RMIA', verdict='not found')
     assert 'NOT FOUND by 1 of 2' in headline(told, None)
     assert headline(told, dict(verdict='comes back')).startswith('STILL KNOWN')
+    some = [dict(said='still known')] * 3 + [dict(said='as a stranger')] * 9
+    assert 'SOME OF THEM: 3 of 12' in headline(told, None, some)
+    assert headline(told, None, some[2:]).startswith('NOT FOUND'), 'as chance has it'
     told['b']['verdict'] = 'conspicuous'
     assert headline(told, None).startswith('KNOWN LESS THAN STRANGERS')
