@@ -7,7 +7,7 @@ __all__ = ['SPLITS', 'IMAGES', 'MOST_PIXELS', 'SMALLEST', 'WIDEST', 'read_table'
            'read_targets', 'check_count', 'attributes', 'refuse_recogniser', 'read_folder', 'People', 'read_people',
            'Photo', 'read_photo', 'check_shape', 'photo_hash', 'Photos', 'PhotoSet', 'as_support']
 
-# %% ../nbs/api/photos.ipynb #6eb27fd3
+# %% ../nbs/api/photos.ipynb #b53930be
 import hashlib, io
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,8 @@ from PIL import Image
 from .core import DataError, progress
 from .data import Faces, as_rgb, make_faces
 from .handlers import Preprocessing
-from .vit import ImageSet, SupportSet, augmentation
+from .vit import ImageSet, SupportSet
+from torchvision.transforms import v2
 
 # %% ../nbs/api/photos.ipynb #4f32b754
 SPLITS = ('train', 'val', 'test', 'portrait')
@@ -326,7 +327,7 @@ def decoded(self: Photos) -> np.ndarray:   # uint8 [n, c, h, w]
     raise DataError(f'{len(bad)} image(s) cannot be decoded. First: '
                     + '\n  '.join(bad[:5]))
 
-# %% ../nbs/api/photos.ipynb #e88d1160
+# %% ../nbs/api/photos.ipynb #4e380e77
 class PhotoSet(ImageSet):
     "Rows of a table, with the preprocessing of a user's model."
     def subset(self, rows: np.ndarray) -> 'PhotoSet':   # indices into this set
@@ -345,7 +346,9 @@ class PhotoSet(ImageSet):
                 device: torch.device | str = 'cpu', workers: int = 0):
         "All images once, a batch at a time."
         order = torch.randperm(len(self)) if shuffle else torch.arange(len(self))
-        change = augment and augmentation(self.pixels.prep.size, augment)
+        change, size = v2.RandomHorizontalFlip(), self.pixels.prep.size
+        if augment and augment < 1:
+            change = v2.Compose([v2.RandomResizedCrop(size, (augment, 1)), change])
         for rows in order.split(batch_size):
             x = self.pixels.batch(self.idx[rows.numpy()])
             if augment: x = torch.stack([change(one) for one in x])
