@@ -7,7 +7,7 @@ __all__ = ['SPLITS', 'IMAGES', 'MOST_PIXELS', 'SMALLEST', 'WIDEST', 'read_table'
            'check_people', 'read_targets', 'check_count', 'attributes', 'refuse_recogniser', 'read_folder', 'People',
            'read_people', 'Photo', 'read_photo', 'check_shape', 'photo_hash', 'Photos', 'PhotoSet', 'as_support']
 
-# %% ../nbs/api/photos.ipynb #3f625dde
+# %% ../nbs/api/photos.ipynb #b53930be
 import hashlib, io
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,8 @@ from PIL import Image
 from .core import DataError, progress
 from .data import Faces, as_rgb, make_faces
 from .handlers import Preprocessing
-from .vit import ImageSet, SupportSet, augmentation, flipped
+from .vit import ImageSet, SupportSet
+from torchvision.transforms import v2
 
 # %% ../nbs/api/photos.ipynb #3863d1df
 SPLITS = ('train', 'val', 'test', 'portrait')
@@ -339,7 +340,7 @@ def decoded(self: Photos) -> np.ndarray:   # uint8 [n, c, h, w]
     raise DataError(f'{len(bad)} image(s) cannot be decoded. First: '
                     + '\n  '.join(bad[:5]))
 
-# %% ../nbs/api/photos.ipynb #7b5ebf6b
+# %% ../nbs/api/photos.ipynb #4e380e77
 class PhotoSet(ImageSet):
     "Rows of a table, with the preprocessing of a user's model."
     def subset(self, rows: np.ndarray) -> 'PhotoSet':   # indices into this set
@@ -358,7 +359,9 @@ class PhotoSet(ImageSet):
                 device: torch.device | str = 'cpu', workers: int = 0):
         "All images once, a batch at a time."
         order = torch.randperm(len(self)) if shuffle else torch.arange(len(self))
-        crop = augment and augment < 1 and augmentation(self.pixels.prep.size, augment)
+        change, size = v2.RandomHorizontalFlip(), self.pixels.prep.size
+        if augment and augment < 1:
+            change = v2.Compose([v2.RandomResizedCrop(size, (augment, 1)), change])
         for rows in order.split(batch_size):
             x = self.pixels.batch(self.idx[rows.numpy()])
             if crop: x = torch.stack([crop(one) for one in x])

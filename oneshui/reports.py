@@ -97,7 +97,7 @@ def picture(
     drawn = re.search('<svg.*', out.getvalue(), re.S)[0]
     return re.sub('<metadata>.*?</metadata>', '', drawn, flags=re.S)   # of its maker
 
-# %% ../nbs/api/reports.ipynb #b633e0ac
+# %% ../nbs/api/reports.ipynb #2a45e85f
 def limits(
     kit: Kit, path: float,   # sum of the steps so far
 ) -> tuple:                  # is it time to retrain? in words
@@ -105,8 +105,8 @@ def limits(
     n, far = covered(kit.rehearsal.in_turn)
     played = len(kit.rehearsal.in_turn)
     if not n:
-        return True, ('Already the first request in turn did worse than doing nothing: '
-                      'the rehearsal covers none. Retrain instead.')
+        return True, ('TIME TO RETRAIN: already the first request in turn did worse '
+                      'than doing nothing in the rehearsal, which covers none.')
     why = 'it was not played further' if n == played else (
         'after that, forgetting did worse than doing nothing')
     if path <= far * 1.0001:
