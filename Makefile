@@ -43,7 +43,7 @@ tune: $(READY)   ## search every method's settings on the tuning requests of PRE
 	ONESHUI_PROGRESS=text $(PAPERMILL) nbs/api/tuning.ipynb build/tuning.ipynb -p preset $(PRESET) -p methods None -p datasets None -p out_dir figures/published/$(PRESET)
 
 test: $(READY)   ## export, README and notebooks in sync; unit tests; every notebook at preset smoke
-	ONESHUI_PROGRESS=off $(BIN)/python -m pytest -q tests
+	ONESHUI_PROGRESS=off $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 export: $(READY) ## notebooks -> oneshui/
 	$(BIN)/nbdev_export

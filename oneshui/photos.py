@@ -192,9 +192,8 @@ def read_folder(
             | (dict(split=p.parts[0]) if told else {}) for p in files
             if len(p.parts) > 1 + told and (not told or p.parts[0] in SPLITS)]
     if not rows:
-        raise DataError(f'{root}: no image is where it should be. Expected '
-                        f'{root}/train/PERSON/photo.jpg and {root}/val/PERSON/…, or '
-                        'name a CSV file.')
+        raise DataError(f'{root}: no image is where it should be. Expected train/'
+                        'PERSON/photo.jpg and val/PERSON/…, or name a CSV file.')
     t = pd.DataFrame(rows)
     if 0 < (t.label == '').sum() < len(t):
         bare = t.path[t.label == ''].iloc[0]
@@ -364,8 +363,7 @@ class PhotoSet(ImageSet):
             change = v2.Compose([v2.RandomResizedCrop(size, (augment, 1)), change])
         for rows in order.split(batch_size):
             x = self.pixels.batch(self.idx[rows.numpy()])
-            if crop: x = torch.stack([crop(one) for one in x])
-            elif augment: x = flipped(x.clone())
+            if augment: x = torch.stack([change(one) for one in x])
             y = self.y[rows].to(device)
             yield self.pixels.prep.normalised(x.to(device)), y
 

@@ -250,12 +250,12 @@ def retrained(
                  tow_nothing=scores(bench.model), tow_again=again)
     return {k: tug_of_war(v, first) for k, v in found.items()}
 
-# %% ../nbs/14_prepare.ipynb #099cb7da
-ASSUMED = ('The data has no column split, so a fifth of the people, drawn by chance, are '
-           'taken for strangers. If the model was trained on them too, the rehearsal '
-           'sees too little: name people whom it never saw (split = val).')
+# %% ../nbs/14_prepare.ipynb #175abdb9
+ASSUMED = ('The data has no column split, so a fifth of the people, drawn by chance, '
+           'are taken for strangers. If the model was trained on them too, the '
+           'rehearsal sees too little: name people whom it never saw (split = val).')
 
-# %% ../nbs/14_prepare.ipynb #bee17a80
+# %% ../nbs/14_prepare.ipynb #3e8ea638
 def prepare(
     a: Asked,
     say: Callable = print,   # what a reader should see on the way
@@ -265,8 +265,8 @@ def prepare(
     bench, source, path = open_bench(a)
     rows, start = few_people(bench.people, a.images, a.seed), time.perf_counter()
     needs = in_words_of_time(seconds_needed(bench, a, len(rows)))
-    say(f'{bench.people.faces}. Preparing takes about {needs}, without retraining.')
-    if bench.people.assumed: say(ASSUMED)
+    say(f'{bench.people.faces}. Preparing takes about {needs}, without retraining.'
+        + f' {ASSUMED}' * bench.people.assumed)
     val = bench.set(bench.people.rows('val'))
     features, reference = statistics(bench.model, bench.set(rows), val)
     bench.state.update(features)
