@@ -34,7 +34,7 @@ def still_known(
     k, n = sum(p['said'] == 'still known' for p in people), len(people)
     return k, n > 0 and clopper_pearson(k, n)[0] > .05
 
-# %% ../nbs/api/findings.ipynb #2310f4a9
+# %% ../nbs/api/findings.ipynb #f02076d3
 def headline(
     attacks: dict, relearning: dict | None,
     people: list = (),   # from `people_found`
@@ -49,8 +49,8 @@ def headline(
         return f'STILL KNOWN: the model after treats who asked as members ({found}).'
     known, sure = still_known(people)
     if sure:
-        return (f'STILL KNOWN, SOME OF THEM: {known} of {len(people)} people, one by one. '
-                'The attacks on all of them together do not show it.')
+        return (f'STILL KNOWN, SOME OF THEM: {known} of {len(people)} people, one by '
+                'one. The attacks on all of them together do not show it.')
     if found := by('conspicuous'):
         return (f'KNOWN LESS THAN STRANGERS ({found}): who asked can be told by how '
                 'badly the model does on them.')
