@@ -179,6 +179,8 @@ def write_kit(
     save_file({k: v.detach().cpu().contiguous() for k, v in state.items()},
               part / 'state.safetensors')
     kit = Kit(**table, state_sha=file_sha(part / 'state.safetensors'))
+    text = len(kit.model_dump_json(indent=1).encode())
+    kit.sizes['this kit'] = text + os.path.getsize(part / 'state.safetensors')
     (part / 'kit.json').write_text(kit.model_dump_json(indent=1))
     if folder.exists(): folder.rmdir()
     os.replace(part, folder)

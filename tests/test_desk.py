@@ -178,6 +178,8 @@ def test_a_kit_holds_no_image_and_no_name(office, kit):
     assert k.data.people == 14 and k.data.strangers == 6 and k.data.held_out == 14
     assert k.rehearsal.portraits == 'held out' and len(k.rehearsal.in_turn) == 2
     assert {'this kit', 'SSD', 'the training images'} <= {*k.sizes}
+    written = sum((kit / f).stat().st_size for f in ('kit.json', 'state.safetensors'))
+    assert abs(k.sizes['this kit'] - written) < 9, 'digits of its own size'
 
 
 def test_the_next_request_goes_on_from_the_last(desk, office):
