@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Few', 'Seed', 'METASTEP', 'ASSUMED', 'CROWD', 'Asked', 'asked', 'settings', 'recipe', 'open_bench', 'answered',
            'few_people', 'statistics', 'seconds_needed', 'in_words_of_time', 'with_state', 'learn', 'arms_of',
-           'train_anew', 'retrained', 'prepare', 'rehearsed', 'about', 'office_table', 'office', 'train_office']
+           'train_anew', 'retrained', 'opening', 'prepare', 'rehearsed', 'about', 'office_table', 'office',
+           'train_office']
 
 # %% ../nbs/14_prepare.ipynb #9c9213df
 import os, time
@@ -250,12 +251,20 @@ def retrained(
                  tow_nothing=scores(bench.model), tow_again=again)
     return {k: tug_of_war(v, first) for k, v in found.items()}
 
-# %% ../nbs/14_prepare.ipynb #175abdb9
+# %% ../nbs/14_prepare.ipynb #78937aa6
 ASSUMED = ('The data has no column split, so a fifth of the people, drawn by chance, '
            'are taken for strangers. If the model was trained on them too, the '
            'rehearsal sees too little: name people whom it never saw (split = val).')
 
-# %% ../nbs/14_prepare.ipynb #3e8ea638
+def opening(
+    people: People,
+    needs: str,   # how long it takes
+) -> str:
+    "What is said before the work begins."
+    said = f'{people.faces}. Preparing takes about {needs}, without retraining.'
+    return said + f' {ASSUMED}' * people.assumed
+
+# %% ../nbs/14_prepare.ipynb #be4e69c8
 def prepare(
     a: Asked,
     say: Callable = print,   # what a reader should see on the way
@@ -265,8 +274,7 @@ def prepare(
     bench, source, path = open_bench(a)
     rows, start = few_people(bench.people, a.images, a.seed), time.perf_counter()
     needs = in_words_of_time(seconds_needed(bench, a, len(rows)))
-    say(f'{bench.people.faces}. Preparing takes about {needs}, without retraining.'
-        + f' {ASSUMED}' * bench.people.assumed)
+    say(opening(bench.people, needs))
     val = bench.set(bench.people.rows('val'))
     features, reference = statistics(bench.model, bench.set(rows), val)
     bench.state.update(features)
