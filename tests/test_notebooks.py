@@ -50,7 +50,7 @@ EVALUATION = {   # notebook -> files that it leaves
                             *named('ablation_metastep', *TABLE, *PICTURE)],
 }
 PLAIN = [str(p.relative_to(ROOT)) for p in sorted((ROOT / 'nbs').rglob('*.ipynb'))
-         if p.stem not in ('05_tables', *EVALUATION)
+         if p.stem not in ('05_tables', 'cluster', *EVALUATION)   # test_cluster: 3 min
          and '.ipynb_checkpoints' not in p.parts]
 
 
