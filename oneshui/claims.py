@@ -34,10 +34,9 @@ def verdict_on(
     if not found: return 'not measured'
     _, low, high, n = found
     small = -margin < low and high < margin
-    yes = dict([('more', low > 0 and high >= margin), ('no worse', low > -margin)])
-    no = dict([('more', high < 0 or small), ('no worse', high < -margin)])
-    return ('held' if yes[sense] else 'did not hold' if no[sense]
-            else f'undecided at n = {n}')
+    if sense == 'more': yes, no = low > 0 and high >= margin, high < 0 or small
+    else: yes, no = low > -margin, high < -margin
+    return 'held' if yes else 'did not hold' if no else f'undecided at n = {n}'
 
 # %% ../nbs/16_claims.ipynb #ca712d93
 def over_cells(

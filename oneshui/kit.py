@@ -178,7 +178,9 @@ def write_kit(
     part.mkdir()
     save_file({k: v.detach().cpu().contiguous() for k, v in state.items()},
               part / 'state.safetensors')
-    kit = Kit(**table, state_sha=file_sha(part / 'state.safetensors'))
+    sizes = {'this kit': 0} | table['sizes']   # known when it is written
+    kit = Kit(**table | dict(sizes=sizes),
+              state_sha=file_sha(part / 'state.safetensors'))
     text = len(kit.model_dump_json(indent=1).encode())
     kit.sizes['this kit'] = text + os.path.getsize(part / 'state.safetensors')
     (part / 'kit.json').write_text(kit.model_dump_json(indent=1))

@@ -31,7 +31,7 @@ from .portraits import write_portraits
 from .presets import Preset, for_request, load_preset
 from .readers import read_celeba
 from .rehearsal import (ONE, OWN, Bench, Play, draw_plays, in_turn,
-                               own_labels, promise, rehearse)
+                               own_labels, promise, rehearse, seen)
 from .vit import ImageSet, TrainSpec, create_model, fit, predict
 
 # %% ../nbs/14_prepare.ipynb #751801d2
@@ -146,14 +146,14 @@ def statistics(
 ) -> tuple:    # features.mean and features.std, Reference
     "What the model does to people it knows, and to strangers."
     D = dict(members=train, strangers=val)
-    seen = {k: features_of(model, d) for k, d in D.items()}
-    f = seen['members']
+    features = {k: features_of(model, d) for k, d in D.items()}
+    f = features['members']
     state = {'features.mean': f.mean(0), 'features.std': f.std(0).clamp(min=1e-6)}
-    said = {k: (predict(model, d, 64), d.y) for k, d in D.items()}
+    said = seen(model, D)
     of = lambda fn: {k: quantiles(fn(*v)) for k, v in said.items()}
     return state, Reference(
         loss=of(lambda z, y: task_loss(z, y, 'none')), margin=of(margins),
-        untypical={k: quantiles(untypical(v, state)) for k, v in seen.items()},
+        untypical={k: quantiles(untypical(v, state)) for k, v in features.items()},
         score={k: score(*v) for k, v in said.items()})
 
 # %% ../nbs/14_prepare.ipynb #de460e04
@@ -286,7 +286,7 @@ def prepare(
                  rehearsal=rehearsal, promise=first_line,
                  seconds=time.perf_counter() - start)
     kept = {f'state.{k}': v for k, v in state.items()} | features
-    kit = write_kit(a.kit, table | about(bench, len(rows), kept), kept)
+    kit = write_kit(a.kit, table | about(bench, len(rows)), kept)
     say(kit.size_line())
     return kit
 
@@ -308,14 +308,13 @@ def rehearsed(
 
 # %% ../nbs/14_prepare.ipynb #96d4f2fa
 def about(
-    bench: Bench, used: int, kept: dict,   # images of train; tensors of the kit
+    bench: Bench, used: int,   # images of train that were looked at
 ) -> dict:
     "What a kit says about itself and the data, none of which is a name."
     p, f = bench.people, bench.people.faces
     train = p.rows('train')
     strangers = f.identity[p.rows('val', 'test')]
     files = sum(os.path.getsize(f.root / f.paths[i]) for i in train)
-    own = sum(v.numel() * v.element_size() for v in kept.values())
     card = DataCard(fingerprint=f.fingerprint, images=len(train), used=used,
                     people=len(np.unique(f.identity[train])),
                     strangers=len(np.unique(strangers)),
@@ -323,7 +322,7 @@ def about(
                     assumed=p.assumed)
     return dict(made=today(), versions=versions(), task=f.task, classes=f.classes,
                 data=card, salt=os.urandom(8).hex(),
-                sizes={'this kit': own} | state_sizes(bench.model, files))
+                sizes=state_sizes(bench.model, files))
 
 # %% ../nbs/14_prepare.ipynb #e995cb65
 CROWD = dict(mini=((90, 8, 14), 20), smoke=((30, 4, 6), 4))   # people; letters
