@@ -51,7 +51,7 @@ export: $(READY) ## notebooks -> oneshui/
 readme: $(READY) ## nbs/index.ipynb -> README.md
 	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=remove-input --output-dir . --output README.md nbs/index.ipynb
 
-API_FIRST = core metrics readers portraits attacks oracles presets cluster runs intervals results tables experiments tuning audits probes questions
+API_FIRST = core ranks metrics readers portraits attacks oracles presets cluster runs intervals results tables experiments tuning audits probes questions
 DESK      = api/handlers api/photos api/kit api/rehearsal 14_prepare api/ledger api/reports 15_forget api/evidence api/aftermath api/inspection api/findings api/cli
 BOOK      = $(API_FIRST:%=api/%) 00_data_splits 01_vit_finetuning 02_baselines 03_metaunlearn 04_a100_training 05_tables $(EVALUATION) $(METASTEP) $(DESK) api/explore index
 notebooks: $(READY) ## execute all notebooks in place at their defaults, then clean them

@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 cfg = ConfigParser(delimiters=['='], interpolation=None)
 cfg.read(Path(__file__).parent / 'settings.ini', encoding='utf-8')
 s = cfg['DEFAULT']
-extras = ('notebooks', 'transformers', 'cluster', 'dev', 'docs', 'browser')
+extras = ('notebooks', 'transformers', 'cluster', 'ranks', 'dev', 'docs', 'browser')
 setup(name=s['lib_name'], version=s['version'], description=s['description'],
       url=s['git_url'], author=s['author'], author_email=s['author_email'],
       license=s['license'],

@@ -11,7 +11,6 @@ import datetime, time
 from collections.abc import Callable
 from pathlib import Path
 import torch
-from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import nn
 from .core import DataError, NumbersError, PresetError, Spec
@@ -19,7 +18,7 @@ from .handlers import check_weights
 from .kit import Kit, features_of, file_sha, kit_sha, read_kit, untypical
 from .ledger import (Line, appear_together, one_at_a_time, read_ledger, salted,
                             signed)
-from .methods import METHODS, in_words
+from .methods import METHODS, read_as
 from .metastep import expected_error
 from .metrics import task_loss
 from .photos import as_support, photo_hash, read_photo
@@ -45,9 +44,7 @@ def letter(
     **given,   # fields of `Letter`
 ) -> Letter:
     "Raises `PresetError`, or `DataError` if nothing was handed in."
-    try: a = Letter(**given)
-    except ValidationError as e:
-        raise PresetError(f'forget: {"; ".join(map(in_words, e.errors()))}.') from e
+    a = read_as(Letter, given, 'forget')
     if not a.portraits: raise DataError(f'{a.kit}: no portrait was named.')
     for name, v in (('label', a.labels), ('person', a.people)):
         if len(v) not in (0, 1, len(a.portraits)):

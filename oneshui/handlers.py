@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 import numpy as np, timm, torch
 from PIL import Image
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -22,7 +22,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tf
 from fastcore.basics import patch
 from .core import PresetError, Spec, default_device
-from .methods import in_words
+from .methods import read_as
 
 # %% ../nbs/api/handlers.ipynb #35d93547
 class Preprocessing(Spec):
@@ -80,10 +80,7 @@ def preprocessing(
     if found and 'size' in stated and 'resize' not in stated and found.get('resize'):
         factor = stated['size'][0] / found['size'][0]
         both['resize'] = math.floor(np.min(found['resize']) * factor)
-    try: return Preprocessing(**both)
-    except ValidationError as e:
-        raise PresetError(f'preprocessing: {"; ".join(map(in_words, e.errors()))}.'
-                          ) from e
+    return read_as(Preprocessing, both, 'preprocessing')
 
 # %% ../nbs/api/handlers.ipynb #33c44e93
 def from_timm(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import Field
 from .aftermath import best_rate, bystander_verdict, bystanders_found, curve_of
 from .aftermath import nearness_found, relearning_found
 from .core import DataError, PresetError, Spec
@@ -22,7 +22,7 @@ from .evidence import WORDS, Case, attack_verdict, look, supported_fpr
 from .evidence import u_lira_found
 from .handlers import ModelSource, check_weights, open_model
 from .kit import read_kit
-from .methods import in_words
+from .methods import read_as
 from .metrics import score
 from .photos import People, Photos, PhotoSet, read_people
 from .preparing import answered
@@ -57,9 +57,7 @@ def audit_asked(
     **given,   # fields of `Audit`
 ) -> Audit:
     "Raises `PresetError` naming the field, the value and what is wrong with it."
-    try: a = Audit(**given)
-    except ValidationError as e:
-        raise PresetError(f'audit: {"; ".join(map(in_words, e.errors()))}.') from e
+    a = read_as(Audit, given, 'audit')
     if len(a.pair) == 1:
         raise PresetError(f'--pair {a.pair[0]}: two files, a training with the people '
                           'who asked and one without them.')

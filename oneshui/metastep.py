@@ -27,8 +27,8 @@ from .methods import (Precision, divergence, input_covariance, method,
                              projected_layers, spectrum)
 from .metaunlearn import (
     DISTANCES, INPUTS, Count, Inputs, MetaLoss, Rate, Share, Singles, batch_loss,
-    finite, fresh_mask, gradient, new_rng, outputs, parameters_of, positions, restored,
-    shape_of, slope, slope_along, stored)
+    finite, fresh_mask, gradient, looked_at, new_rng, outputs, parameters_of, positions,
+    restored, shape_of, slope, slope_along, stored)
 from .metrics import batch_score, task_loss, tug_of_war
 from .vit import predict
 
@@ -245,7 +245,7 @@ class Known:
         if θ is None: return self.logits[rows], self.y[rows]
         x, y = self.tensors(rows)
         with autocast(self.model, self.precision):
-            return outputs(self.model, θ, x)[0], y
+            return looked_at(self.model, θ, x), y
 
 # %% ../nbs/12_metastep.ipynb #a80610d1
 class Simulation:
@@ -312,7 +312,7 @@ def sample(self: Simulation, r: Simulated, size: int | None = None) -> list:
 def look(self: Simulation, θ: dict, sample: list) -> list:
     "(logits under θ, targets) of every part of a sample, in one pass."
     x = torch.cat([D.tensors(rows)[0] for D, rows in sample])
-    logits = outputs(self.model, θ, x)[0].split([len(rows) for _, rows in sample])
+    logits = looked_at(self.model, θ, x).split([len(rows) for _, rows in sample])
     return [(lo, D.y[rows]) for lo, (D, rows) in zip(logits, sample)]
 
 # %% ../nbs/12_metastep.ipynb #22be6951

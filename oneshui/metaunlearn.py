@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['INPUTS', 'DISTANCES', 'Rate', 'Count', 'Share', 'Inputs', 'Singles', 'MetaLoss', 'fresh_mask', 'batch_loss',
-           'meta_objective', 'parameters_of', 'outputs', 'gradient', 'unlearning_step', 'hypergradient_oracle', 'slope',
-           'slope_along', 'hypergradient', 'Published', 'shape_of', 'new_loss', 'new_rng', 'stored', 'restored',
-           'alignment', 'finite', 'learn_loss', 'positions', 'unlearn_once']
+           'meta_objective', 'parameters_of', 'outputs', 'looked_at', 'gradient', 'unlearning_step',
+           'hypergradient_oracle', 'slope', 'slope_along', 'hypergradient', 'Published', 'shape_of', 'new_loss',
+           'new_rng', 'stored', 'restored', 'alignment', 'finite', 'learn_loss', 'positions', 'unlearn_once']
 
 # %% ../nbs/03_metaunlearn.ipynb #3590fea4
 import math
@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .core import DataError, NumbersError, Spec, device_of, progress, same_noise
 from .data import simulate_requests
 from .metrics import batch_score, task_loss
+from .ranks import shared
 from .vit import logits_and_cls, predict
 
 # %% ../nbs/03_metaunlearn.ipynb #4d369df6
@@ -106,6 +107,15 @@ def outputs(
     "z = f_θ(x): logits and CLS features under the parameters θ."
     named = {f'model.{k}': v for k, v in θ.items()}
     return functional_call(_Outputs(model), named, (x,))
+
+# %% ../nbs/03_metaunlearn.ipynb #10f4a700
+def looked_at(
+    model: nn.Module,  # the network f
+    θ: dict,           # parameter name -> tensor
+    x: torch.Tensor,   # [n, 3, h, w]
+) -> torch.Tensor:     # logits [n, c]
+    "What is looked at after a step, shared among the devices (`oneshui.ranks`)."
+    return shared(lambda θ, x: outputs(model, θ, x)[0], θ, x)
 
 # %% ../nbs/03_metaunlearn.ipynb #07c24608
 def gradient(
@@ -263,8 +273,8 @@ def alignment(
     for f in torch.arange(len(forget)).split(p.batch_size):
         v = rng.choice(len(val), min(p.batch_size, len(val)), replace=False)
         (xf, yf), (xv, yv) = forget.tensors(f, dev), val.tensors(v, dev)
-        known = outputs(model, θ_u, xf)[0]
-        with torch.set_grad_enabled(not p.detach): unknown = outputs(model, θ_u, xv)[0]
+        known = looked_at(model, θ_u, xf)
+        with torch.set_grad_enabled(not p.detach): unknown = looked_at(model, θ_u, xv)
         sides = (known, yf), (original[v], yv), (unknown, yv)
         A = meta_objective(*sides, p.distance, p.scaled, p.detach)
         yield len(f) / len(forget) * A

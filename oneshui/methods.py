@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Positive', 'Share', 'Count', 'Precision', 'METHODS', 'Covariance', 'importance', 'damping', 'settings_of',
-           'settings_table', 'Method', 'in_words', 'method', 'one_default', 'neggrad', 'ssd_prepare', 'ssd',
+           'settings_table', 'Method', 'in_words', 'read_as', 'method', 'one_default', 'neggrad', 'ssd_prepare', 'ssd',
            'method_title', 'one_shot', 'method_rows', 'projected_layers', 'input_rows', 'input_covariance', 'spectrum',
            'projection', 'pgu_loss', 'pgu_prepare', 'pgu', 'answers', 'away', 'noisy', 'lipschitz', 'jit', 'divergence',
            'told', 'kind_of', 'distil', 'scrub', 'mixed', 'randomise', 'bad_teacher']
@@ -23,6 +23,7 @@ from torch import nn
 from .core import DataError, PresetError, Registry, Spec, device_of, progress
 from .core import precision as autocast
 from .metrics import task_loss
+from .ranks import forward
 
 # %% ../nbs/02_baselines.ipynb #268e86b0
 def importance(
@@ -130,6 +131,17 @@ def in_words(
     name = '.'.join(map(str, error['loc']))
     if error['type'] == 'missing': return f'setting {name} is missing'
     return f'setting {name} = {error["input"]!r}: {error["msg"]}'
+
+# %% ../nbs/02_baselines.ipynb #c0ffee02
+def read_as(
+    table: type[Spec],
+    given: dict,  # field -> value
+    what: str,    # what is read, for the message
+) -> Spec:
+    "A table filled in. Raises `PresetError`: the field, the value, what is wrong."
+    try: return table(**given)
+    except ValidationError as e:
+        raise PresetError(f'{what}: {"; ".join(map(in_words, e.errors()))}.') from e
 
 # %% ../nbs/02_baselines.ipynb #470b024f
 @patch
@@ -378,7 +390,7 @@ def answers(
     dtype: str = 'fp32', # precision of the forward pass
 ) -> torch.Tensor:       # logits [n, c] in float32
     "What a network says, whatever the precision in which it computes."
-    with autocast(net, dtype): return net(x).float()
+    with autocast(net, dtype): return forward(net, x).float()
 
 def away(
     g: torch.Tensor,  # gradient of a weight [out, …]

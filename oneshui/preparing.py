@@ -24,7 +24,7 @@ from .handlers import build, fill, open_model, read_weights
 from .kit import (DataCard, Kit, Reference, Rehearsed, check_place, features_of,
                          file_sha, margins, quantiles, state_sizes, today, untypical,
                          versions, write_kit)
-from .methods import METHODS, in_words, one_shot
+from .methods import METHODS, in_words, one_shot, read_as
 from .metrics import score, task_loss, tug_of_war
 from .photos import People, Photos, PhotoSet, read_people
 from .portraits import write_portraits
@@ -63,9 +63,7 @@ def asked(
     **given,   # fields of `Asked`
 ) -> Asked:
     "Raises `PresetError` naming the field, the value and what is wrong with it."
-    try: return Asked(**given)
-    except ValidationError as e:
-        raise PresetError(f'prepare: {"; ".join(map(in_words, e.errors()))}.') from e
+    return read_as(Asked, given, 'prepare')
 
 # %% ../nbs/14_prepare.ipynb #1d388ee0
 METASTEP = dict(sizes='tensor', start=8)   # small, and a careful start

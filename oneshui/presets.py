@@ -12,7 +12,7 @@ import importlib.resources, json
 from pathlib import Path
 import pandas as pd
 from fastcore.basics import patch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 import oneshui.metastep   # noqa: F401, it declares MetaUnlearn and MetaStep
 from .core import PresetError, Spec, project_root
 from .methods import METHODS
@@ -195,6 +195,7 @@ class Parameters(Spec):
     out_dir: str | None = None        # of tables and pictures; None: figures/<preset>/
     n_jobs: int = 2                   # processes
     cluster: str | None = None        # a Dask scheduler, tcp://…; None: this machine
+    ranks: int = Field(1, ge=1)       # devices that share a run, here
 
 def listed(
     value,  # '["mufac"]', 'mufac,celeba', 3, a list, or None

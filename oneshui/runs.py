@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TRAININGS', 'SETS', 'Seeds', 'seeds_of', 'RunSpec', 'first_training', 'code_of', 'changed_code', 'StaleRun',
            'warn_if_stale', 'RunStore', 'Run', 'Made', 'train_run', 'prepare_run', 'unlearn_run', 'maker_of',
-           'write_run', 'metric_of', 'check_runs', 'check_folder', 'code_behind', 'check_answer', 'accept', 'main',
-           'make_runs', 'run_grid', 'question', 'measure', 'open_store', 'check_parameters', 'out_folder',
+           'write_run', 'fill_here', 'metric_of', 'check_runs', 'check_folder', 'code_behind', 'check_answer', 'accept',
+           'main', 'make_runs', 'run_grid', 'question', 'measure', 'open_store', 'check_parameters', 'out_folder',
            'published_folder']
 
 # %% ../nbs/api/runs.ipynb #f1de13d9
@@ -34,6 +34,7 @@ from .metrics import METRICS, Outputs
 from .presets import Parameters, Preset, cells_of, for_request, requests_of
 from .presets import check_parameters, out_folder, published_folder
 from .portraits import write_portraits
+from .ranks import first, launch
 from .readers import get_dataset, read_faces
 from .vit import ImageSet, ModelSpec, SupportSet, TrainSpec
 from .vit import create_model, fit, predict, support_set
@@ -183,6 +184,7 @@ def warn_if_stale(
 class RunStore:
     "Runs on disk, made when they are asked for."
     cluster = None   # address of a Dask scheduler; None: this machine works
+    ranks = 1        # devices that share a run
     def __init__(self,
         root: str | Path,       # folder of the store
         data_dir: str | Path,   # folder with the data sets
@@ -447,16 +449,41 @@ def make(self: RunStore, s: RunSpec):
     "Make a run and let its folder appear. `get` calls it under the run's lock."
     part = self.root / f'.{s.name}.part'
     part.mkdir(exist_ok=True)
+    if self.ranks == 1: self.fill(s, part)
+    else: self.fill_on_ranks(s, part)
+    shutil.rmtree(part / 'training', ignore_errors=True)
+    shutil.rmtree(self.folder(s), ignore_errors=True)   # what a crash has left there
+    os.replace(part, self.folder(s))
+
+@patch
+def fill(self: RunStore, s: RunSpec, part: Path):
+    "Make a run and write its files into a folder; of several ranks, the first does."
     made, logits = maker_of(s)[0](self, s, part), None
     if made.model is not None:
         pixels, t = self.pixels(s.dataset, s.model.image_size), s.train
         every = ImageSet(pixels, np.arange(len(pixels)))
         logits = predict(made.model, every, dtype=t.precision, workers=t.workers)
+    if not first(): return
     self.request(s).save(part / 'request.json')
     write_run(part, s, made, logits)
-    shutil.rmtree(part / 'training', ignore_errors=True)
-    shutil.rmtree(self.folder(s), ignore_errors=True)   # what a crash has left there
-    os.replace(part, self.folder(s))
+
+# %% ../nbs/api/runs.ipynb #fa11ed02
+def fill_here():
+    "What each rank does: `sys.argv` has the store, the data and the folder to fill."
+    root, data, part = map(Path, sys.argv[1:4])
+    s = RunSpec(**json.loads((part / 'training/spec.json').read_text()))
+    RunStore(root, data).fill(s, part)
+
+@patch
+def fill_on_ranks(self: RunStore, s: RunSpec, part: Path):
+    "`fill` by so many processes. Raises `StoreError` if one of them fails."
+    for needed in _needs(self, s): self.get(needed)
+    self.request(s), self.pixels(s.dataset, s.model.image_size)   # decoded once
+    notes = part / 'training'   # deleted in the end
+    notes.mkdir(exist_ok=True)
+    (notes / 'spec.json').write_text(s.model_dump_json())
+    launch(self.ranks, 'oneshui.runs:fill_here', self.root.resolve(),
+           self.data_dir.resolve(), part.resolve(), log=notes / 'ranks.log')
 
 # %% ../nbs/api/runs.ipynb #71fb05c3
 @patch
@@ -698,6 +725,7 @@ def _in_parallel(store, jobs, n_jobs, label):
 def _lent(store):
     # the store as other processes get it
     lent = RunStore(store.root.resolve(), store.data_dir.resolve())
+    lent.ranks = store.ranks
     if store.cluster is None: lent._faces = store._faces
     return lent
 
@@ -706,6 +734,7 @@ def _at_home(store, s):
     home = own_data(store.data_dir)
     if home is None: return store
     here, copied = RunStore(store.root, home), home != store.data_dir
+    here.ranks = store.ranks
     here._faces[s.dataset] = _faces_at(home, s.dataset, s.data, copied)
     return here
 
@@ -733,7 +762,7 @@ def _judge(store, s): store.metrics(s)
 
 def _stage(store, todo, do, label, n_jobs):
     # one kind of work for many runs; what went wrong, one line each
-    lent = _lent(store)
+    lent, n_jobs = _lent(store), n_jobs if store.ranks == 1 else 1
     jobs = [delayed(_attempt)(do, lent, s, label) for s in todo]
     found = zip(todo, _in_parallel(store, jobs, n_jobs, label))
     return [f'{s.name}: {e}' if isinstance(e, Lost) else e for s, e in found if e]
@@ -846,5 +875,5 @@ def open_store(
     if data is None:
         data = write_portraits(root / 'data', **preset.portraits, n_jobs=p.n_jobs)
     store = RunStore(p.store or root / 'runs', Path(data).resolve())
-    store.released, store.cluster = p.released, p.cluster
+    store.released, store.cluster, store.ranks = p.released, p.cluster, p.ranks
     with working_on(p.cluster, store.root): return store   # if there is such a cluster

@@ -28,6 +28,7 @@ from .core import NumbersError, PresetError, Spec, default_device, device_of
 from .core import precision, progress, speed_up, write_atomically
 from .data import Pixels
 from .metrics import score, task_loss
+from .ranks import first, forward
 
 # %% ../nbs/01_vit_finetuning.ipynb #f2806433
 class ModelSpec(Spec):
@@ -288,7 +289,7 @@ def predict(
     model.eval()
     out = []
     for x, _ in images.batches(batch_size, device=device_of(model), workers=workers):
-        with precision(model, dtype): out.append(model(x).float().cpu())
+        with precision(model, dtype): out.append(forward(model, x).float().cpu())
     return torch.cat(out)
 
 # %% ../nbs/01_vit_finetuning.ipynb #8f5c4259
@@ -323,7 +324,8 @@ def train_epoch(
     model.train()
     total, seen = 0., 0
     for x, y in batches:
-        with precision(model, spec.precision): loss = task_loss(model(x).float(), y)
+        with precision(model, spec.precision): z = forward(model, x)
+        loss = task_loss(z.float(), y)
         opt.zero_grad()
         loss.backward()
         if spec.clip: nn.utils.clip_grad_norm_(model.parameters(), spec.clip)
@@ -388,7 +390,7 @@ def fit(
         found = validate(model, val, spec)
         if all(found > row['val'] for row in rows): best = weights_of(model)
         rows.append(dict(epoch=epoch + 1, loss=loss, val=found))
-        if resume: save_training(resume, model, opt, best, rows)
+        if resume and first(): save_training(resume, model, opt, best, rows)
     model.eval().load_state_dict(best)
     return training_log(rows, spec)
 

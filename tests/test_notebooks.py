@@ -1,6 +1,7 @@
 """Every notebook from top to bottom at preset smoke, two at a time.
 
-05_tables runs from both folders, twice, and on a user's CSV; 06-13 run on its store.
+papermill runs 05_tables from both folders, twice, and on a user's CSV; 06-13 run on its
+store. What needs no papermill is forked from a process that has imported the libraries.
 """
 import json
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from notebook_process import run_notebook
 from test_outside import write_staff
 
 from oneshui.methods import method_rows
@@ -69,22 +71,24 @@ def two_at_a_time(run, names):
     with ThreadPoolExecutor(2) as two: return dict(zip(names, two.map(run, names)))
 
 
-def has_parameters(notebook):
+def smallest(notebook):
+    "The parameters of a quick run, of those that a notebook has."
     cells = json.loads((ROOT / notebook).read_text())['cells']
-    return any('parameters' in c['metadata'].get('tags', []) for c in cells)
+    has = ''.join(line for c in cells if 'parameters' in c['metadata'].get('tags', [])
+                  for line in c['source'])
+    return {k: v for k, v in dict(preset='smoke', n_jobs=1).items() if f'{k} =' in has}
 
 
 @pytest.fixture(scope='module')
 def plain(tmp_path_factory):
     d = tmp_path_factory.mktemp('plain')
-    run = lambda n: papermill(n, d / n.replace('/', '-'),
-                              **(dict(preset='smoke') if has_parameters(n) else {}))
+    run = lambda n: run_notebook(ROOT / n, d / Path(n).stem, **smallest(n))
     return two_at_a_time(run, PLAIN)
 
 
 @pytest.mark.parametrize('notebook', PLAIN)
 def test_notebook_runs(plain, notebook):
-    assert plain[notebook].returncode == 0, plain[notebook].stderr[-3000:]
+    assert not plain[notebook], plain[notebook][-3000:]
 
 
 # The tables, and what stands on their store
@@ -144,13 +148,15 @@ def test_tables_of_a_csv_of_a_user(tmp_path, data_dir):
 @pytest.fixture(scope='module')
 def evaluation(tables):
     "Two processes in one store, as it happens."
-    run = lambda n: run_on(tables, f'nbs/{n}.ipynb', n, n_jobs=1)
+    given = dict(preset='smoke', store=str(tables / 'runs'),
+                 out_dir=str(tables / 'figures'), n_jobs=1)
+    run = lambda n: run_notebook(ROOT / f'nbs/{n}.ipynb', tables / n, **given)
     return two_at_a_time(run, EVALUATION)
 
 
 @pytest.mark.parametrize('notebook', EVALUATION)
-def test_evaluation_headless(evaluation, tables, notebook):
-    assert evaluation[notebook].returncode == 0, evaluation[notebook].stderr[-3000:]
+def test_evaluation(evaluation, tables, notebook):
+    assert not evaluation[notebook], evaluation[notebook][-3000:]
     for f in EVALUATION[notebook]:
         assert (tables / 'figures' / f).stat().st_size > 100, f
 

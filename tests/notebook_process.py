@@ -1,0 +1,54 @@
+"""Runs a notebook in a process that is forked from one that has imported the libraries.
+
+To import them anew takes ten seconds, more than most notebooks take at preset smoke.
+"""
+import multiprocessing
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import ipywidgets  # noqa: F401, what follows is imported once for all notebooks
+import matplotlib.pyplot  # noqa: F401
+import sklearn.ensemble  # noqa: F401
+import torchmetrics  # noqa: F401
+from execnb.shell import CaptureShell
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
+
+import oneshui.cli  # noqa: F401
+import oneshui.tables  # noqa: F401
+
+
+def run_cells(notebook, parameters):
+    "Cell after cell, in a shell of its own. Raises what a cell raises."
+    os.chdir(notebook.parent)
+    sys.path.insert(0, '')
+    nb = load_notebook_node(str(notebook))
+    if parameters: nb = parameterize_notebook(nb, parameters)
+    shell = CaptureShell(mpl_format='png')
+    for cell in nb.cells:
+        if cell.cell_type != 'code': continue
+        shell.run(cell.source)
+        if shell.exc: raise RuntimeError(f'in the cell\n{cell.source}') from shell.exc
+
+
+def report_cells(notebook, parameters, failure):
+    "`run_cells`, what it raises written to a file."
+    try: run_cells(notebook, parameters)
+    except BaseException:
+        failure.write_text(traceback.format_exc())
+        raise SystemExit(1) from None
+
+
+def run_notebook(notebook, failure, **parameters):
+    "What went wrong in a notebook, as text; '' if nothing did."
+    forked = multiprocessing.get_context('forkserver')
+    forked.set_forkserver_preload([__name__])
+    job = forked.Process(target=report_cells,
+                         args=(Path(notebook), parameters, Path(failure)))
+    job.start()
+    job.join()
+    if job.exitcode == 0: return ''
+    said = Path(failure).read_text() if Path(failure).exists() else 'nothing was said'
+    return f'exit code {job.exitcode}: {said}'
