@@ -1,6 +1,9 @@
 """Several processes on one training give what one process gives."""
+import json
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -93,10 +96,29 @@ def test_two_ranks_give_what_one_gives(found_by_launch, data_dir, tmp_path):
         assert mine(alone) and alike(mine(alone), mine(together)), name
 
 
-def test_a_run_on_two_ranks(smoke, data_dir, tmp_path):
+def test_killed_on_two_ranks_a_training_goes_on(smoke, data_dir, tmp_path):
+    "The launcher is killed, its ranks end, the next process takes over from the epoch."
+    long = smoke.model_copy(update=dict(
+        train=smoke.train.model_copy(update=dict(epochs=10))))
     here, there = (RunStore(tmp_path / k, data_dir) for k in ('here', 'there'))
     there.ranks = 2
-    s = here.spec(smoke, 'mufac', 2, 0, 'retrain')
+    s = here.spec(long, 'mufac', 2, 0, 'retrain')
+    code = ('import sys; from oneshui.runs import RunSpec, RunStore\n'
+            'store = RunStore(*sys.argv[1:3]); store.ranks = 2\n'
+            'store.get(RunSpec.model_validate_json(sys.argv[3]))')
+    job = subprocess.Popen([sys.executable, '-c', code, there.root, data_dir,
+                            s.model_dump_json()])
+    notes = there.root / f'.{s.name}.part/training'
+    while not (notes / 'state.json').exists():
+        assert job.poll() is None
+        time.sleep(.01)
+    job.kill()
+    job.wait()
+    said = ['']
+    while (notes / 'state.json').read_text() != said[-1]:   # until nobody writes
+        said.append((notes / 'state.json').read_text())
+        time.sleep(2)
+    assert not there.has(s) and len(json.loads(said[-1])['rows']) < 10
     weights = lambda store: store.get(s).model().state_dict()
     assert alike(weights(here), weights(there))
     assert {f.name for f in here.folder(s).iterdir()} == {
