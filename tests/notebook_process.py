@@ -13,6 +13,7 @@ import matplotlib.pyplot  # noqa: F401
 import sklearn.ensemble  # noqa: F401
 import torchmetrics  # noqa: F401
 from execnb.shell import CaptureShell
+from joblib.externals.loky import get_reusable_executor
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
@@ -39,6 +40,8 @@ def report_cells(notebook, parameters, failure):
     except BaseException:
         failure.write_text(traceback.format_exc())
         raise SystemExit(1) from None
+    finally:   # a process waits for its workers, and they five minutes for more work
+        get_reusable_executor().shutdown(kill_workers=True)
 
 
 def run_notebook(notebook, failure, **parameters):
