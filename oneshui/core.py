@@ -38,7 +38,8 @@ def default_device() -> torch.device:
     "CUDA if there is one (its matrix products may then use TF32), else the CPU."
     if not torch.cuda.is_available(): return torch.device('cpu')
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    return torch.device('cuda')
+    own = os.environ.get('LOCAL_RANK')   # where several processes have one each
+    return torch.device('cuda' if own is None else f'cuda:{own}')
 
 def device_of(
     model: nn.Module,
