@@ -11,11 +11,13 @@ from pathlib import Path
 import ipywidgets  # noqa: F401, what follows is imported once for all notebooks
 import matplotlib.pyplot  # noqa: F401
 import sklearn.ensemble  # noqa: F401
+import torch
 import torchmetrics  # noqa: F401
 from execnb.shell import CaptureShell
 from joblib.externals.loky import get_reusable_executor
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
+from threadpoolctl import threadpool_limits
 
 import oneshui.cli  # noqa: F401
 import oneshui.tables  # noqa: F401
@@ -23,6 +25,9 @@ import oneshui.tables  # noqa: F401
 
 def run_cells(notebook, parameters):
     "Cell after cell, in a shell of its own. Raises what a cell raises."
+    torch.set_num_threads(1)             # two notebooks at a time, on two cores
+    threadpool_limits(1)
+    os.environ['OMP_NUM_THREADS'] = '1'  # for processes that it starts
     os.chdir(notebook.parent)
     sys.path.insert(0, '')
     nb = load_notebook_node(str(notebook))
