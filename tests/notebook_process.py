@@ -6,7 +6,9 @@ import multiprocessing
 import os
 import sys
 import traceback
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
+from unittest.mock import patch
 
 import ipywidgets  # noqa: F401, what follows is imported once for all notebooks
 import matplotlib.pyplot  # noqa: F401
@@ -53,6 +55,8 @@ def run_notebook(notebook, failure, **parameters):
     "What went wrong in a notebook, as text; '' if nothing did."
     forked = multiprocessing.get_context('forkserver')
     forked.set_forkserver_preload([__name__])
+    here = os.pathsep.join([str(Path(__file__).parent), *sys.path])   # where it looks
+    with patch.dict(os.environ, PYTHONPATH=here): ensure_running()
     job = forked.Process(target=report_cells,
                          args=(Path(notebook), parameters, Path(failure)))
     job.start()
