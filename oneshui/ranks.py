@@ -68,16 +68,15 @@ class _Shared(torch.autograd.Function):
 
 # %% ../nbs/api/ranks.ipynb #3b532603
 def shared(
-    f,                # (θ, images) -> tensor [n, …] or a tuple of such
+    f,                # (θ, images) -> tensor [n, …]
     θ: dict,          # parameter name -> tensor
     x: torch.Tensor,  # [n, …], the same on every rank
-):                    # f(θ, x), the same on every rank
+) -> torch.Tensor:    # f(θ, x), the same on every rank
     "f(θ, x), each rank having looked at its part of the images."
     if not (all_of_us := together()): return f(θ, x)
     rank, ranks = all_of_us.process_index, all_of_us.num_processes
     z = f(dict(zip(θ, _Shared.apply(*θ.values()))), part_of(x, rank, ranks))
-    whole = lambda t: _Whole.apply(t)[:len(x)]
-    return tuple(map(whole, z)) if isinstance(z, tuple) else whole(z)
+    return _Whole.apply(z)[:len(x)]
 
 # %% ../nbs/api/ranks.ipynb #f0a11a02
 def needs_all(

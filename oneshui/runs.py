@@ -471,7 +471,7 @@ def fill(self: RunStore, s: RunSpec, part: Path):
 def fill_here():
     "What each rank does: `sys.argv` has the store, the data and the folder to fill."
     root, data, part = map(Path, sys.argv[1:4])
-    s = RunSpec(**json.loads((part / 'training/spec.json').read_text()))
+    s = RunSpec.model_validate_json((part / 'training/spec.json').read_text())
     RunStore(root, data).fill(s, part)
 
 @patch

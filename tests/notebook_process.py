@@ -5,6 +5,7 @@ To import them anew takes ten seconds, more than most notebooks take at preset s
 import multiprocessing
 import os
 import sys
+import threading
 import traceback
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
@@ -23,6 +24,8 @@ from threadpoolctl import threadpool_limits
 
 import oneshui.cli  # noqa: F401
 import oneshui.tables  # noqa: F401
+
+_starting = threading.Lock()   # two threads would put back each other's environment
 
 
 def run_cells(notebook, parameters):
@@ -56,7 +59,7 @@ def run_notebook(notebook, failure, **parameters):
     forked = multiprocessing.get_context('forkserver')
     forked.set_forkserver_preload([__name__])
     here = os.pathsep.join([str(Path(__file__).parent), *sys.path])   # where it looks
-    with patch.dict(os.environ, PYTHONPATH=here): ensure_running()
+    with _starting, patch.dict(os.environ, PYTHONPATH=here): ensure_running()
     job = forked.Process(target=report_cells,
                          args=(Path(notebook), parameters, Path(failure)))
     job.start()

@@ -28,16 +28,11 @@ def alike(a, b, within=1e-5):
     return (whole(a) - whole(b)).norm() <= within * whole(a).norm()
 
 
-def sides(root, data):
-    "A request at smoke: its store, preset, specification and sets of images."
-    store, P = RunStore(root, data), load_preset('smoke')
-    s = store.spec(P, 'celeba', 2, 0, 'pretrain')
-    return store, P, s, store.sets(s)
-
-
 def everything(root, data):
     "What comes of all that may be shared: training, SCRUB, Bad Teacher, meta-training."
-    store, P, s, D = sides(root, data)
+    store, P = RunStore(root, data), load_preset('smoke')
+    s = store.spec(P, 'celeba', 2, 0, 'pretrain')
+    D = store.sets(s)
     fresh = lambda: create_model(s.model, len(store.faces('celeba').classes), 0)
     model, made = fresh(), {}
     keep = lambda name, t: made.update({f'{name} {k}': v.detach().clone().contiguous()
