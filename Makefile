@@ -15,20 +15,20 @@ $(READY): settings.ini setup.py pyproject.toml constraints.txt
 	@echo "== setting up $(VENV) (once; about two minutes and 6 GB)"
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python >= 3.10 is needed, this is " + sys.version.split()[0] + ". Say: make PYTHON=python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name python3 >/dev/null
 	@touch $@
 
 setup: $(READY) ## the virtual environment
 
 EVALUATION = 06_figures 07_attacks 08_ablations 09_robustness 10_similarity 11_released_code
-METASTEP   = 12_metastep 13_metastep_results 16_claims
+METASTEP   = 12_metastep 13_metastep_results 17_regimes 16_claims
 reproduce: CHAPTERS = 05_tables
 reproduce:       ## Tables 1-3 on the embedded portraits in a quarter of an hour, into figures/mini/, beside the published ones (PRESET=smoke|mini|paper, ARGS='-p data_dir /data')
 evaluate: CHAPTERS = $(EVALUATION)
 evaluate:        ## the rest of the evaluation, on the runs of `make reproduce`: figures, attacks, ablations, robustness, similarity
 metastep: CHAPTERS = $(METASTEP)
-metastep:        ## our own method against the others, on the same runs; and the ledger of claims
+metastep:        ## our own method against the others, on the same runs; other worlds; and the ledger of claims
 published: CHAPTERS = 05_tables $(EVALUATION) $(METASTEP)
 published: ARGS += -p full true -p out_dir figures/published/$(PRESET)
 published:       ## what is committed in figures/published/: all trainings and requests of the preset; hours, resumes after a stop
@@ -43,7 +43,7 @@ tune: $(READY)   ## search every method's settings on the tuning requests of PRE
 	ONESHUI_PROGRESS=text $(PAPERMILL) nbs/api/tuning.ipynb build/tuning.ipynb -p preset $(PRESET) -p methods None -p datasets None -p out_dir figures/published/$(PRESET)
 
 test: $(READY)   ## export, README and notebooks in sync; unit tests; every notebook at preset smoke
-	ONESHUI_PROGRESS=off $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+	ONESHUI_PROGRESS=off $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
 export: $(READY) ## notebooks -> oneshui/
 	$(BIN)/nbdev_export

@@ -214,7 +214,7 @@ def side_legend(
     for ax in fig.axes:
         for handle, label in zip(*ax.get_legend_handles_labels()):
             names.setdefault(label, handle)
-    many = min(5, len(names))
+    many = min(len(names), max(2, round(fig.get_figwidth() / 1.5)))   # that fit beside
     fig.legend(names.values(), names, loc='outside lower center', ncols=many)
 
 def side_by_side(

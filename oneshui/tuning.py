@@ -74,12 +74,13 @@ def tune(
     store: RunStore, preset: Preset,
     datasets: list, grids: dict = GRIDS,  # method -> setting -> values
     n_jobs: int = 2,
+    asked: dict | None = None,  # data set -> (N_S, number); None: `tuning_requests`
 ) -> pd.DataFrame:   # dataset, method, hyper, tow, seconds, requests, chosen, edge
     "Each candidate's ToW on the tuning requests, one chosen. Raises `PresetError`."
     seed = preset.tuning_seed
     if seed is None or seed in preset.seeds:
         raise PresetError(f'preset {preset.name}: tuning_seed = {seed} is reported.')
-    asked = {d: tuning_requests(preset, d) for d in datasets}
+    asked = asked or {d: tuning_requests(preset, d) for d in datasets}
     specs = {(d, m, json.dumps(h)): [store.spec(preset, d, n, seed, m, h, number=k)
                                      for n, k in asked[d]]
              for d in datasets for m, g in grids.items() for h in candidates(g)}

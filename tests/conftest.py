@@ -9,7 +9,13 @@ from oneshui.portraits import write_portraits
 from oneshui.presets import load_preset
 from oneshui.runs import RunStore
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)   # two workers on two cores
+LONGEST = 'test_tables', 'test_notebooks', 'test_desk', 'test_runs'   # start first
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: k for k, name in enumerate(LONGEST)}
+    items.sort(key=lambda i: place.get(i.path.stem, len(place)))
 
 
 @pytest.fixture(scope='session')

@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from unittest.mock import patch
@@ -67,3 +68,8 @@ def run_notebook(notebook, failure, **parameters):
     if job.exitcode == 0: return ''
     said = Path(failure).read_text() if Path(failure).exists() else 'nothing was said'
     return f'exit code {job.exitcode}: {said}'
+
+
+def two_at_a_time(run, names):
+    "name -> what the run of its notebook returned."
+    with ThreadPoolExecutor(2) as two: return dict(zip(names, two.map(run, names)))
