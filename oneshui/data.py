@@ -321,7 +321,9 @@ def portrait(
     "Image `i`, resized if a size is given. Raises `DataError` naming a bad file."
     path = faces.root / faces.paths[i]
     try:
-        with Image.open(path) as im: im = as_rgb(im)[0]
+        with Image.open(path) as im:
+            if size: im.draft(None, (2 * size, 2 * size))
+            im = as_rgb(im)[0]
     except (OSError, SyntaxError, ValueError) as e:
         raise DataError(f'{path}: cannot be decoded ({e}). Restore the file, or delete '
                         'it: missing images are skipped and counted.') from e
@@ -363,7 +365,7 @@ def plot_request(
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, 4, figsize=(12, 2.9), layout='constrained')
     for ax, kind in zip(axes, _PANELS): _plot_set(ax, faces, r, kind, (people, photos))
-    below = 'Support Sample $S$ (first column, never trained on)   |   $D_f$'
+    below = '$S$: the first column, never trained on   |   $D_f$'
     axes[0].set_xlabel(below, fontsize=8)
     return fig
 
@@ -414,12 +416,15 @@ def decode_all(
     path: Path,  # a .npy file, which appears when it is complete
 ):
     "Decode all into one array [n, 3, size, size]. Raises `DataError` naming bad files."
-    part, bad = path.with_suffix('.part'), []
-    shape = len(faces), 3, size, size
-    out = np.lib.format.open_memmap(part, 'w+', np.uint8, shape)
-    for i in progress(range(len(faces)), f'decoding {faces.name}'):
+    part, n = path.with_suffix('.part'), len(faces)
+    out = np.lib.format.open_memmap(part, 'w+', np.uint8, (n, 3, size, size))
+    def decode(i):
         try: out[i] = portrait(faces, i, size).transpose(2, 0, 1)
-        except DataError as e: bad.append(str(e))
+        except DataError as e: return str(e)
+    label = f'decoding {faces.name} into {out.nbytes / 1e6:.0f} MB'
+    with ThreadPoolExecutor() as threads:
+        said = progress(threads.map(decode, range(n)), label, n)
+        bad = [e for e in said if e]
     if bad:
         part.unlink()
         listed = '\n  '.join(bad[:6])
@@ -474,7 +479,7 @@ def open_map(
 ) -> np.ndarray:  # uint8 [n, 3, size, size], read from disk where it is touched
     "The memory map of all images, made if it is missing."
     cache.mkdir(parents=True, exist_ok=True)
-    path = cache / f'pixels-{faces.name}-{size}-{faces.fingerprint}.npy'
+    path = cache / f'pixels2-{faces.name}-{size}-{faces.fingerprint}.npy'
     with FileLock(f'{path}.lock'):
         if not path.exists(): decode_all(faces, size, path)
     return np.load(path, mmap_mode='r')

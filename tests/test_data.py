@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from oneshui.core import DataError, PresetError
 from oneshui.data import (
-    Pixels, Request, check_request, make_faces, make_request, simulate_requests)
+    Pixels, Request, check_request, make_faces, make_request, portrait,
+    simulate_requests)
 from oneshui.readers import (
     ATTRIBUTES, DATASETS, audit_identities, dataset, get_dataset, read_celeba,
     read_celebahq, read_csv, read_faces, read_mufac, shared_images)
@@ -410,6 +412,19 @@ def test_many_images_are_hashed_in_seconds(tmp_path):
     digests = faces.image_digests
     t = time.perf_counter() - t
     assert len(set(digests)) == n and t < 10, t
+
+
+def test_a_large_jpeg_is_decoded_as_small_as_it_is_wanted(tree, monkeypatch):
+    faces = read_celeba(tree / 'celeba')
+    f = tree / 'celeba' / faces.paths[0]
+    Image.open(f).resize((512, 512), Image.BICUBIC).save(f, 'JPEG', quality=92)
+    whole = Image.fromarray(portrait(faces, 0)).resize((32, 32), Image.BILINEAR)
+    decoded, opened = [], Image.open
+    keep = lambda p: decoded.append(opened(p)) or decoded[-1]
+    monkeypatch.setattr(Image, 'open', keep)
+    small = portrait(faces, 0, 32).astype(int)
+    assert decoded[0].size == (64, 64), 'an eighth of it'
+    assert np.abs(small - np.asarray(whole)).max() <= 4, 'levels, of 255'
 
 
 def test_pixels_with_and_without_a_map(data_dir, tmp_path):
