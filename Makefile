@@ -31,7 +31,7 @@ metastep: CHAPTERS = $(METASTEP)
 metastep:        ## our own method against the others, on the same runs; other worlds; and the ledger of claims
 published: CHAPTERS = 05_tables $(EVALUATION) $(METASTEP)
 published: ARGS += -p full true -p out_dir figures/published/$(PRESET)
-published:       ## what is committed in figures/published/: all trainings and requests of the preset; hours, resumes after a stop
+published:       ## what is committed in figures/published/: all trainings and requests of the preset; a day or two, resumes after a stop
 PAPERMILL = $(BIN)/papermill --no-progress-bar -k python3
 reproduce evaluate metastep published: $(READY)
 	@mkdir -p build

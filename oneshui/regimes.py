@@ -42,10 +42,10 @@ def settle(
     train = preset.train.model_copy(update=longer)
     return there, preset.model_copy(update=dict(train=train))
 
-# %% ../nbs/17_regimes.ipynb #dc6a2258
+# %% ../nbs/17_regimes.ipynb #21da96de
 WORLDS = {
     'calibrated': World(),
-    'half as alike': World(likeness=.5),
+    'half way': World(likeness=.5),
     'easy': World(likeness=0.)}
 
 # %% ../nbs/17_regimes.ipynb #79660c13
