@@ -424,7 +424,8 @@ def test_a_large_jpeg_is_decoded_as_small_as_it_is_wanted(tree, monkeypatch):
     monkeypatch.setattr(Image, 'open', keep)
     small = portrait(faces, 0, 32).astype(int)
     assert decoded[0].size == (64, 64), 'an eighth of it'
-    assert np.abs(small - np.asarray(whole)).max() <= 4, 'levels, of 255'
+    off = np.abs(small - np.asarray(whole))
+    assert off.mean() < 1 and off.max() <= 8, 'levels, of 255'
 
 
 def test_pixels_with_and_without_a_map(data_dir, tmp_path):
