@@ -71,7 +71,7 @@ def tables(tmp_path_factory):
 
 def forked(d, figures, **more):
     "Chapter 5 at smoke on the store in a folder; what went wrong."
-    given = dict(preset='smoke', n_jobs=1, store=str(d / 'runs'), out_dir=str(d / figures))
+    given = dict(preset='smoke', n_jobs=1, store=f'{d}/runs', out_dir=f'{d}/{figures}')
     return run_notebook(ROOT / 'nbs/05_tables.ipynb', d / 'said', **given, **more)
 
 
