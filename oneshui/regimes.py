@@ -37,11 +37,9 @@ def settle(
     mine = {dataset: [world.people or most, *(world.images or images)]}
     how = crowd | others | mine | dict(likeness=world.likeness)
     data = write_portraits(project_root() / 'data', **how, n_jobs=n_jobs)
-    there = RunStore(store.root, data)
-    there.cluster, there.ranks = store.cluster, store.ranks
     longer = dict(epochs=world.epochs or preset.train.epochs)
     train = preset.train.model_copy(update=longer)
-    return there, preset.model_copy(update=dict(train=train))
+    return store.on(data), preset.model_copy(update=dict(train=train))
 
 # %% ../nbs/17_regimes.ipynb #21da96de
 WORLDS = {

@@ -10,7 +10,7 @@ __all__ = ['TRAININGS', 'SETS', 'Seeds', 'seeds_of', 'RunSpec', 'first_training'
            'published_folder']
 
 # %% ../nbs/api/runs.ipynb #f1de13d9
-import argparse, ast, hashlib, importlib, inspect, json, os, shutil, sys
+import argparse, ast, copy, hashlib, importlib, inspect, json, os, shutil, sys
 import textwrap, time, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -204,6 +204,16 @@ class RunStore:
         if not antialias and len(portrait(faces, 0)) > size:
             return RoughPixels(faces, size)   # there is something to reduce
         return Pixels(faces, size, self.root / 'cache')
+
+# %% ../nbs/api/runs.ipynb #05997da9
+@patch
+def on(self: RunStore,
+    data_dir: str | Path,
+) -> RunStore:
+    "The same folder and settings, for other data."
+    other = copy.copy(self)
+    other.data_dir, other._faces = Path(data_dir), {}
+    return other
 
 # %% ../nbs/api/runs.ipynb #2d4d75fa
 @patch
@@ -733,8 +743,7 @@ def _at_home(store, s):
     # a lent store where it arrives
     home = own_data(store.data_dir)
     if home is None: return store
-    here, copied = RunStore(store.root, home), home != store.data_dir
-    here.ranks = store.ranks
+    here, copied = store.on(home), home != store.data_dir
     here._faces[s.dataset] = _faces_at(home, s.dataset, s.data, copied)
     return here
 

@@ -36,8 +36,8 @@ def test_notebook_runs(plain, notebook):
 BAD = [
     (dict(presett='smoke'), 'unknown parameter presett. Valid: preset, data_dir'),
     (dict(preset='huge'), 'Valid: smoke, mini, paper'),
-    (dict(datasets=['lfw']), 'Valid: celebahq, celeba, mufac'),
-    (dict(seeds=['a']), 'parameter seeds'),
+    (dict(datasets='["lfw"]'), 'Valid: celebahq, celeba, mufac'),
+    (dict(seeds='["a"]'), 'parameter seeds'),
     (dict(data_dir='/nowhere'), '/nowhere: no such folder'),
     (dict(preset='paper'), 'needs data_dir'),
 ]

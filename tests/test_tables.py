@@ -103,7 +103,7 @@ def test_tables_again_from_the_other_folder_make_nothing(tables):
 
 def test_tables_of_a_csv_of_a_user(tmp_path, data_dir):
     write_staff(tmp_path, read_faces('celeba', data_dir))
-    said = forked(tmp_path, 'figures', datasets=['staff.csv'], data_dir=str(tmp_path))
+    said = forked(tmp_path, 'figures', datasets='["staff.csv"]', data_dir=str(tmp_path))
     assert not said, said[-3000:]
     results = pd.read_csv(tmp_path / 'figures/results.csv')
     assert set(results.dataset) == {'staff.csv'}
