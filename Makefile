@@ -22,7 +22,7 @@ $(READY): settings.ini setup.py pyproject.toml constraints.txt
 setup: $(READY) ## the virtual environment
 
 EVALUATION = 06_figures 07_attacks 08_ablations 09_robustness 10_similarity 11_released_code
-METASTEP   = 12_metastep 13_metastep_results 17_regimes 16_claims
+METASTEP   = 12_metastep 13_metastep_results 17_regimes 18_kept 16_claims
 reproduce: CHAPTERS = 05_tables
 reproduce:       ## Tables 1-3 on the embedded portraits in a quarter of an hour, into figures/mini/, beside the published ones (PRESET=smoke|mini|paper, ARGS='-p data_dir /data')
 evaluate: CHAPTERS = $(EVALUATION)

@@ -13,7 +13,7 @@ PICTURE = ROOT / 'figures/published/rooms.svg'
 # A room uses only rooms above it. A new module takes its place here.
 ROOMS = ('core ranks metrics data readers portraits vit methods metaunlearn metastep '
          'attacks oracles presets cluster runs intervals results tables experiments '
-         'tuning audits probes questions regimes claims scale explore '
+         'tuning audits probes questions regimes kept claims scale explore '
          'handlers photos kit rehearsal preparing ledger reports desk '
          'evidence aftermath inspection findings cli').split()
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MARGIN', 'CELL', 'SCORES', 'REPLICATE', 'YARDSTICK', 'simulated', 'by_training', 't_interval', 'holm', 'judged',
-           'two_sided', 'short', 'verdict_words', 'verdict', 'share_of_the_way', 'replicates', 'does_nothing', 'way_of',
-           'compared_row', 'compare_arms', 'judge_cell']
+           'two_sided', 'short', 'verdict_words', 'verdict', 'share_of_the_way', 'replicates', 'by_replicate',
+           'does_nothing', 'way_of', 'compared_row', 'compare_arms', 'judge_cell']
 
 # %% ../nbs/api/intervals.ipynb #ab93b061
 import math
@@ -35,8 +35,10 @@ def by_training(
 ) -> np.ndarray:
     "Independent numbers: the mean over the requests of each training."
     nested = isinstance(values, pd.Series) and 'seed' in values.index.names
-    if nested: values = values.dropna().groupby(level='seed').mean()
-    return np.asarray(values, float)
+    if not nested: return np.asarray(values, float)
+    values = values.dropna()   # in numpy: pandas' groupby takes a millisecond each
+    _, training = np.unique(values.index.get_level_values('seed'), return_inverse=True)
+    return np.bincount(training, values.to_numpy(float)) / np.bincount(training)
 
 def t_interval(
     values,  # numbers; a Series whose index says `seed`: trainings count, not rows
@@ -143,8 +145,14 @@ def replicates(
     value: str,       # column
 ) -> pd.Series:       # by (dataset, n_forget, seed, request)
     "A column by the request that it belongs to."
+    return by_replicate(t)[value].dropna()
+
+def by_replicate(
+    t: pd.DataFrame,  # as for `replicates`
+) -> pd.DataFrame:    # all columns by (dataset, n_forget, seed, request)
+    "Scores by the request that they belong to."
     t = t if 'request' in t else t.assign(request=0)
-    return t.set_index([c for c in REPLICATE if c in t])[value].dropna()
+    return t.set_index([c for c in REPLICATE if c in t])
 
 # %% ../nbs/api/intervals.ipynb #e40ea8ea
 def does_nothing(
@@ -167,7 +175,7 @@ def way_of(
 
 # %% ../nbs/api/intervals.ipynb #14344e76
 def compared_row(
-    t: pd.DataFrame,       # rows of one arm
+    t: pd.DataFrame,       # one arm, from `by_replicate`
     arms: dict,            # label -> values by replicate
     label: str,            # of the arm
     baseline: str | None,  # label
@@ -175,7 +183,7 @@ def compared_row(
 ) -> dict:
     "Means of one arm, its paired difference to the baseline, its share of the way."
     row = dict(label=label)
-    for c in columns: row[c], row[f'{c}_half'], n = t_interval(replicates(t, c))
+    for c in columns: row[c], row[f'{c}_half'], n = t_interval(t[c].dropna())
     paired = label != baseline and baseline in arms
     away = arms[label] - arms[baseline] if paired else pd.Series(dtype=float)
     row['difference'], row['difference_half'], pairs = t_interval(away.dropna())
@@ -193,8 +201,8 @@ def compare_arms(
     "Means with their intervals, paired differences, and verdicts that are corrected."
     table = []
     for cell, t in scores.groupby(list(within), sort=False):
-        parts = dict(list(t.groupby('label', sort=False)))
-        arms = {label: replicates(u, value) for label, u in parts.items()}
+        parts = {a: by_replicate(u) for a, u in t.groupby('label', sort=False)}
+        arms = {label: u[value].dropna() for label, u in parts.items()}
         rows = [dict(zip(within, cell)) | compared_row(u, arms, a, baseline,
                                                        (*beside, value))
                 for a, u in parts.items()]

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 import numpy as np, torch
 import torch.nn.functional as F
-from torchmetrics.functional.classification import binary_average_precision
 from .core import Registry
 
 # %% ../nbs/api/metrics.ipynb #e1258af3
@@ -36,6 +35,8 @@ def mean_average_precision(
     "Macro mAP × 100, in double precision. NaN if no attribute has a positive."
     seen = [j for j in range(y.shape[1]) if y[:, j].any()]
     if not seen: return float('nan')
+    # not at the top: it takes as long to import as torch, and many never score
+    from torchmetrics.functional.classification import binary_average_precision
     p, y = logits.double().sigmoid(), y.long()
     each = [float(binary_average_precision(p[:, j], y[:, j])) for j in seen]
     return 100 * sum(each) / len(seen)

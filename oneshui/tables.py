@@ -164,8 +164,7 @@ def score_table(
     edge: set = frozenset(),  # from `edges_of`: (data set, method)
 ) -> pd.DataFrame:            # of strings, for `tabular`
     "One request size of Tables 1–3."
-    numbers = score_numbers(results, dataset).query('n_forget == @n_forget')
-    numbers = numbers.reset_index(drop=True)
+    numbers = score_numbers(results[results.n_forget == n_forget], dataset)
     best = highest(results, dataset, n_forget)
     table = table_of(numbers, 'tow', tuple(c for c in COLUMNS[:-1] if c in numbers))
     mark = [(dataset, a) in edge for a in numbers.label]
@@ -180,7 +179,7 @@ def score_caption(
     images: float | None = None,  # in D_f, mean over requests
 ) -> str:
     "What one of Tables 1–3 leaves unsaid."
-    numbers = score_numbers(results, dataset).query('n_forget == @n_forget')
+    numbers = score_numbers(results[results.n_forget == n_forget], dataset)
     said = [caption_of(numbers, 'pretrain')]
     if images: said.append(f'$\\mathcal{{D}}_f$: {images:.0f} images in the mean.')
     said.append('†: unlearns from $\\mathcal{D}_r$ and $\\mathcal{D}_f$.')

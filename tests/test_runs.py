@@ -33,6 +33,7 @@ from oneshui.runs import (
     question,
     run_grid,
 )
+from oneshui.runs import main as check_command
 from oneshui.tuning import tune, tuning_requests
 
 
@@ -454,26 +455,20 @@ def test_jobs_leave_threads_and_progress_as_they_were(shared, smoke, monkeypatch
 # ---- the command, notebooks' parameters, presets
 
 
-def test_runs_check_says_what_is_damaged(store, smoke):
+def test_runs_check_says_what_is_damaged(store, smoke, capsys):
     s = store.spec(smoke, 'mufac', 2, 0, 'retrain')
     f = store.get(s).folder / 'log.csv'
-    check = [
-        sys.executable,
-        '-c',
-        'from oneshui.runs import main; main()',
-        'runs',
-        'check',
-        '--store',
-        store.root,
-    ]
-    r = subprocess.run(check, capture_output=True, text=True)
-    assert r.returncode == 0, r.stdout + r.stderr
-    assert '0 of 1 runs and answers' in r.stdout
+    def check(folder):
+        "Exit code, or what it says on leaving; what it printed."
+        with pytest.raises(SystemExit) as left:
+            check_command(['runs', 'check', '--store', str(folder)])
+        return left.value.code, capsys.readouterr().out
+    code, said = check(store.root)
+    assert code == 0 and '0 of 1 runs and answers' in said
     f.write_text('')
-    r = subprocess.run(check, capture_output=True, text=True)
-    assert r.returncode == 1 and 'damaged: log.csv' in r.stdout
-    r = subprocess.run([*check[:-1], 'nowhere'], capture_output=True, text=True)
-    assert r.returncode != 0 and 'nowhere: no such folder' in r.stderr
+    code, said = check(store.root)
+    assert code == 1 and 'damaged: log.csv' in said
+    assert 'nowhere: no such folder' in check('nowhere')[0]
 
 
 def test_parameters_from_papermill():
