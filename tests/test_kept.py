@@ -10,7 +10,6 @@ from oneshui.kept import (
     away_from,
     bytes_kept,
     bytes_of_method,
-    in_bytes,
     kept_arms,
     named,
     opened,
@@ -21,6 +20,7 @@ from oneshui.kept import (
     stand_ins,
     told_apart,
 )
+from oneshui.kit import readable
 from oneshui.questions import task_gradient
 
 
@@ -97,7 +97,7 @@ def test_bytes_are_counted(smoke, shared, idle):
     assert ask('neggrad') == 0
     assert ask('ssd') == pytest.approx(4 * parameters / people)
     assert ask('scrub') == len(r.train) * pixels / people
-    assert [in_bytes(x) for x in (12, 6e3, 3.25e6)] == ['12 B', '6 kB', '3.25 MB']
+    assert [readable(x) for x in (12, 6e3, 3.25e6)] == ['12 B', '6 kB', '3.25 MB']
 
 
 def test_a_search_is_made_on_the_tuning_seed_and_read_again(smoke, shared, tmp_path):
