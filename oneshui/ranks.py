@@ -103,7 +103,7 @@ def forward(
 def follow():
     "Connect, and end when the process ends that has launched this one."
     def watch():
-        sys.stdin.read()   # until whoever holds the other end is gone
+        os.read(0, 1)   # until whoever holds the other end is gone
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
     together()   # takes the GPU that is its own, before there is a network

@@ -51,11 +51,11 @@ def test_a_page_without_a_kernel_gets_the_picture_and_the_sentence():
 def test_the_request_follows_the_data_set(store, smoke):
     e = explore_request(store, smoke)
     first = e.sentence
-    e.controls['dataset'].value = 'celebahq'
+    e.controls['dataset'].value = 'mufac'
     n = e.controls['n_forget']
-    assert tuple(n.options) == tuple(smoke.cell('celebahq').n_forget)
+    assert tuple(n.options) == tuple(smoke.cell('mufac').n_forget)
     n.value = max(n.options)
-    r = make_request(store.faces('celebahq'), n.value, 0, tuple(n.options))
+    r = make_request(store.faces('mufac'), n.value, 0, tuple(n.options))
     assert e.sentence != first
     assert f'{n.value} people hand in {n.value} portraits' in e.sentence
     assert f'{len(r.forget):,} other images' in e.sentence
