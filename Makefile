@@ -24,7 +24,7 @@ setup: $(READY) ## the virtual environment
 EVALUATION = 06_figures 07_attacks 08_ablations 09_robustness 10_similarity 11_released_code
 METASTEP   = 12_metastep 13_metastep_results 17_regimes 18_kept 16_claims
 reproduce: CHAPTERS = 05_tables
-reproduce:       ## Tables 1-3 on the embedded portraits in a quarter of an hour, into figures/mini/, beside the published ones (PRESET=smoke|mini|paper, ARGS='-p data_dir /data')
+reproduce:       ## Tables 1-3 on the embedded portraits in 15 to 40 minutes, into figures/mini/, beside the published ones (PRESET=smoke|mini|paper, ARGS='-p data_dir /data')
 evaluate: CHAPTERS = $(EVALUATION)
 evaluate:        ## the rest of the evaluation, on the runs of `make reproduce`: figures, attacks, ablations, robustness, similarity
 metastep: CHAPTERS = $(METASTEP)

@@ -193,7 +193,7 @@ def searched_lengths(
     "ToW of each length on the tuning requests; the best one is chosen."
     tried = [(a, b, c) for a, b in kept for c in (LENGTHS if a != 'nothing' else (0.,))]
     ask = lambda k: store.spec(preset, *cell, preset.tuning_seed, 'pretrain', number=k)
-    asked = [ask(k) for k in range(preset.requests)]
+    asked = [ask(k) for k in preset.tuning_numbers]
     names = 'person', 'others', 'length'
     jobs = [(s, dict(zip(names, x))) for x in tried for s in asked]
     found = measure(store, after_keeping, jobs, 'lengths', n_jobs)

@@ -7,7 +7,7 @@ __all__ = ['PORTRAITS', 'judged', 'unlearned', 'in_turn', 'split_request', 'sing
            'images_of', 'forgetting_by_image', 'in_bins', 'person_sums', 'progress_rows', 'progress_by_bin',
            'plot_progress', 'task_gradient', 'portrait_gradient', 'ascent_path', 'portrait_choices', 'with_portrait',
            'prepared_otherwise', 'prepared_without_the_forgotten', 'thinned', 'prepared_with_single_images',
-           'scaled_as_released']
+           'prepared_after_a_nudge', 'scaled_as_released']
 
 # %% ../nbs/api/questions.ipynb #2e84cab4
 import math
@@ -319,9 +319,11 @@ def prepared_otherwise(
     s: RunSpec,       # a method's run on the request
     train: ImageSet,  # what the method prepares on
     hyper: dict,      # its settings
+    change=None,      # (weights) -> None: what happens to Pretrain's before that
 ) -> dict:            # retain, forget, test, tow: 0…100
-    "Scores and ToW after preparing on another training set."
+    "Scores and ToW after preparing on another training set, or from other weights."
     before = store.get(store.related(s, 'pretrain')).model()
+    if change: change(before.parameters())
     torch.manual_seed(1_000_000 + s.seeds.unlearning)
     state = METHODS[s.method].prepare(before, train, store.sets(s)['val'], hyper)
     other = s.model_copy(update=dict(hyper=hyper))
@@ -357,6 +359,21 @@ def prepared_with_single_images(
     rng = np.random.default_rng([s.seed, 13])
     train = thinned(store.sets(s)['train'], share, rng)
     return prepared_otherwise(store, s, train, s.hyper | dict(singles=singles))
+
+# %% ../nbs/api/questions.ipynb #s8469729
+@question(version=1)
+def prepared_after_a_nudge(
+    store: RunStore,
+    s: RunSpec,        # a method's run on the request
+    draw: int,         # number of the noise
+    by: float = 1e-7,  # relative size: about the last digit of a float32
+) -> dict:             # retain, forget, test, tow: 0…100
+    "Scores when every weight of Pretrain moved by a part `by` before preparing."
+    g = torch.Generator().manual_seed(draw)
+    @torch.no_grad()
+    def nudge(weights):
+        for w in weights: w.mul_(1 + by * torch.randn(w.shape, generator=g).to(w))
+    return prepared_otherwise(store, s, store.sets(s)['train'], s.hyper, nudge)
 
 # %% ../nbs/api/questions.ipynb #59450062
 @question(version=1)

@@ -56,7 +56,7 @@ def searched(
     n_jobs: int = 2,  # processes
 ) -> pd.DataFrame:    # as of `tune`, with gain: over doing nothing, in points of ToW
     "Every candidate's gain on a world's tuning requests, all of the smallest size."
-    size, numbers = min(preset.cell(dataset).n_forget), range(preset.requests)
+    size, numbers = min(preset.cell(dataset).n_forget), preset.tuning_numbers
     asked = [(size, k) for k in numbers]
     grids = {m: GRIDS[m] for m in SEARCHED}
     t = tune(store, preset, [dataset], grids, n_jobs, {dataset: asked})

@@ -49,7 +49,7 @@ def share_words(
 ) -> str:
     "'34 % (10 to 55)'."
     if math.isnan(share): return 'no room' if math.isinf(low) else ''
-    if max(-low, high) > 10: return 'no room for sure'   # the ceiling is too uncertain
+    if max(-low, high) > 3: return 'no room for sure'   # the ceiling is too uncertain
     percent = lambda x: f'{round(100 * x)}'   # no -0
     known = high > low   # not for one training, not for the ceiling itself
     ends = f' ({percent(low)} to {percent(high)})' if known else ''
@@ -117,9 +117,11 @@ def sentences(
     if many > 1 and (numbers.n > 1).any():
         yield f'Verdicts hold for all {many} comparisons of a cell together (Holm).'
     if numbers.verdict.str.startswith('undecided').any():
-        yield 'Undecided: differences from the stated size on would have been seen.'
+        yield ('Undecided: differences from the stated size on would have been seen; '
+               'where that is more than there is to gain, the trainings say nothing.')
     if 'share' in numbers:
-        yield 'Of the way: 0 % is Pretrain, 100 % a second, independent Retrain.'
+        yield ('Of the way: 0 % is Pretrain, 100 % a second, independent Retrain; *no '
+               'room for sure*: how far apart these two are is not known.')
 
 # %% ../nbs/api/tables.ipynb #7e39c7c9
 COLUMNS = (*SCORES, 'mia', 'tow')
@@ -227,7 +229,7 @@ def published_verdicts(
 ROUNDING = {'mia': 1.5, 'loss': .01}  # part of a metric's name -> what rounding can do
 AMPLIFIES = dict(   # method -> why it amplifies rounding
     metaunlearn='Adam makes full steps of gradients near 1e-8, so the last digit of '
-                'a weight moves scores by a point.')
+                'a weight can move ToW by tens of points (chapter 8).')
 
 def rounding(
     metric: str,

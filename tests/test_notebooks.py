@@ -35,7 +35,7 @@ def test_notebook_runs(plain, notebook):
 
 BAD = [
     (dict(presett='smoke'), 'unknown parameter presett. Valid: preset, data_dir'),
-    (dict(preset='huge'), 'Valid: smoke, mini, paper'),
+    (dict(preset='huge'), 'Valid: smoke, mini, photographs, paper'),
     (dict(datasets='["lfw"]'), 'Valid: celebahq, celeba, mufac'),
     (dict(seeds='["a"]'), 'parameter seeds'),
     (dict(data_dir='/nowhere'), '/nowhere: no such folder'),

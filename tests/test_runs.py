@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from oneshui.core import PresetError, StoreError
 from oneshui.methods import METHODS, method
 from oneshui.metrics import METRICS, metric
-from oneshui.presets import check_parameters, load_preset
+from oneshui.presets import PRESETS, check_parameters, load_preset
 from oneshui.runs import (
     RunSpec,
     RunStore,
@@ -34,7 +34,7 @@ from oneshui.runs import (
     run_grid,
 )
 from oneshui.runs import main as check_command
-from oneshui.tuning import tune, tuning_requests
+from oneshui.tuning import tune, tuning_requests, with_settings
 
 
 @pytest.fixture
@@ -481,13 +481,23 @@ def test_parameters_from_papermill():
         check_parameters(dict(preset='smoke', sedes=[1]))
 
 
-@pytest.mark.parametrize('name', ['smoke', 'mini', 'paper'])
+@pytest.mark.parametrize('name', PRESETS)
 def test_presets_have_settings_for_every_method(name):
     preset = load_preset(name)
     for d, cell in preset.cells.items():
         for n in cell.n_forget:
             for m in METHODS:
                 preset.hyper(d, m, n)
+
+
+def test_settings_found_on_merged_identities_stay_there():
+    p = load_preset('photographs')
+    assert p.cell('mufac_merged') == p.cell('mufac'), 'until something is found'
+    assert tuning_requests(p, 'mufac_merged') == [(50, 0)]
+    found = dict(dataset='mufac_merged', method='neggrad', hyper='{"lr": 7.0}')
+    q = with_settings(p, pd.DataFrame([found | dict(chosen=True)]))
+    assert q.hyper('mufac_merged', 'neggrad', 50) == dict(lr=7.)
+    assert q.cell('mufac') == p.cell('mufac')
 
 
 def test_tuning_judges_every_candidate_on_the_same_requests(store, smoke):
