@@ -31,7 +31,9 @@ def rank_among(
     score: float, controls: np.ndarray,
 ) -> float:
     "Exact p-value of one person among controls."
-    return (1 + int((controls >= score).sum())) / (len(controls) + 1)
+    known = np.nan_to_num(np.append(controls, score), nan=-np.inf,
+                          posinf=np.inf, neginf=-np.inf)   # broken: knows nobody
+    return int((known >= known[-1]).sum()) / len(known)
 
 def control_scores(
     target: Outputs, others: list,

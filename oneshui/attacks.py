@@ -33,9 +33,10 @@ def roc(
     "ROC of an attack; images with equal scores are one step. Without weights b = 1."
     n, m = len(members), len(others)
     wm, wo = (np.ones((1, n)), np.ones((1, m))) if weights is None else weights
-    s = np.concatenate([members, others])
+    s = np.concatenate([members, others]).astype(float)
+    s[np.isnan(s)] = -np.inf   # a broken model knows nobody
     order = np.argsort(-s, kind='stable')
-    last = np.flatnonzero(np.append(np.diff(s[order]) != 0, True))   # of equal scores
+    last = np.flatnonzero(np.append(s[order][1:] != s[order][:-1], True))   # of equals
     def share(w):
         c = np.cumsum(w[:, order], 1)[:, last]
         return np.concatenate([np.zeros((len(c), 1)), c / np.maximum(c[:, -1:], 1)], 1)
@@ -315,7 +316,7 @@ def confidence(
     loss: np.ndarray,
 ) -> np.ndarray:
     "φ = log p/(1−p) of p = exp(−loss)."
-    l = np.clip(np.asarray(loss, np.float64), 1e-7, 50)
+    l = np.nan_to_num(np.asarray(loss, np.float64), nan=50).clip(1e-7, 50)
     return -l - np.log(-np.expm1(-l))
 
 # %% ../nbs/api/attacks.ipynb #32ee2ce3

@@ -113,7 +113,7 @@ def released_rmia_scores(
     r, t, rng = store.request(s), s.train, np.random.default_rng([s.seed, 11])
     few = lambda rows, k: np.sort(rng.permutation(rows)[:k])
     models = [store.get(x).model() for x in (s, store.related(s, 'reference'))]
-    pixels = store.pixels(s.dataset, s.model.image_size)
+    pixels = store.pixels_of(s)
     def seen(rows, seed):
         images = ImageSet(pixels, rows)
         return [augmented_losses(m, images, t.crop, views, seed, t.precision, t.workers)

@@ -105,9 +105,13 @@ class Registry(dict):
 
     def load(self) -> 'Registry':
         "Import what other packages have declared, once."
-        entries = [] if self._loaded else entry_points(group=self.group)
-        self._loaded = True
-        for e in entries: e.load()
+        if self._loaded: return self
+        self._loaded = True   # what is imported may look something up
+        try:
+            for e in entry_points(group=self.group): e.load()
+        except BaseException:
+            self._loaded = False   # a broken package is named every time
+            raise
         return self
 
     def __missing__(self, name):

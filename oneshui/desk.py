@@ -252,7 +252,7 @@ def facts(
     seen = [] if not checks else [
         dict(name=n, notes=[]) | row
         for n, row in zip(checks[1], looked_at(model, θ_u, checks[0], kit))]
-    people = len(line.people) or len(rows)
+    people = len(set(line.people)) or len(rows)
     return of_the_kit(kit, line, people, [said for _, said in far if said]) | dict(
         portraits=rows, checks=seen, not_checked=not_checked(kit, len(seen)))
 

@@ -129,16 +129,19 @@ def rank_p(
 ) -> float:
     "p-value of the rank sum: exact, or of 4,999 draws, or by its normal limit."
     n, m = len(asked), len(controls)
+    both = np.concatenate([asked, controls]).astype(float)
+    both[np.isnan(both)] = -np.inf   # a broken model knows nobody
     if min(n, m) > 20:
-        return float(mannwhitneyu(asked, controls, alternative=side).pvalue)
-    both = np.concatenate([asked, controls])
+        return float(mannwhitneyu(both[:n], both[n:], alternative=side).pvalue)
     ranks = rankdata(both if side == 'greater' else -both)
     real, rng = ranks[:n].sum() - 1e-9, np.random.default_rng(0)
     if math.comb(n + m, n) <= 5000:
         every = itertools.combinations(ranks, n)
         return float(np.mean([sum(w) >= real for w in every]))
-    drawn = ranks[rng.random((4999, n + m)).argsort(1)[:, :n]].sum(1)
-    return float((1 + (drawn >= real).sum()) / 5000)
+    rows = max(1, 2**22 // (n + m))   # at a time
+    draw = lambda k: ranks[rng.random((k, n + m)).argsort(1)[:, :n]].sum(1)
+    drawn = [draw(min(rows, 4999 - k)) for k in range(0, 4999, rows)]
+    return float((1 + (np.concatenate(drawn) >= real).sum()) / 5000)
 
 # %% ../nbs/api/evidence.ipynb #0cb1cf4d
 def least_p(
@@ -240,7 +243,7 @@ def lira_attack(
 
 # %% ../nbs/api/evidence.ipynb #9757dd19
 @attack('Range, from a portrait', 'Tao and Shokri 2024',
-        'portraits of these people that were not trained on (--portraits)')
+        'portraits of these people that were not trained on (rows with split = portrait)')
 def range_attack(
     case: Case, target: Outputs,
 ) -> tuple | None:  # (scores, whose)

@@ -122,7 +122,8 @@ def answers(self: Experiment) -> dict:  # place in `asked` -> scores
     for fn in dict.fromkeys(filter(None, questions)):
         mine = [i for i, q in enumerate(questions) if q is fn]
         jobs = [(self.asked[i][1].spec, self.asked[i][1].options) for i in mine]
-        known |= zip(mine, measure(self.store, fn, jobs, fn.__name__, self.n_jobs))
+        found = measure(self.store, fn, jobs, fn.__name__, self.n_jobs)
+        known |= zip(mine, map(self.store.called, found))
     return known
 
 # %% ../nbs/api/experiments.ipynb #cbf080d0

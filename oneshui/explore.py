@@ -172,7 +172,7 @@ class Walk:
         some = specs['pretrain']
         self.store, self.specs, self.dataset = store, specs, some.dataset
         self.faces, self.request = store.faces(some.dataset), store.request(some)
-        self.pixels = store.pixels(some.dataset, preset.model.image_size)
+        self.pixels = store.pixels_of(some)
         rng = np.random.default_rng(0)
         few = lambda d: np.sort(rng.permutation(getattr(self.request, d))[:images])
         self.sets = {d: ImageSet(self.pixels, few(d)) for d in SCORES}

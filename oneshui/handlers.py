@@ -77,8 +77,10 @@ def preprocessing(
         raise PresetError('preprocessing: the model does not say how it wants its '
                           'images. State size, mean and std (--size 224 --mean 0.5 '
                           '--std 0.5).')
+    if isinstance(both['size'], int): both['size'] = (both['size'],) * 2
     if found and 'size' in stated and 'resize' not in stated and found.get('resize'):
-        factor = stated['size'][0] / found['size'][0]
+        size = read_as(Preprocessing, both | dict(resize=None), 'preprocessing').size
+        factor = size[0] / found['size'][0]
         both['resize'] = math.floor(np.min(found['resize']) * factor)
     return read_as(Preprocessing, both, 'preprocessing')
 

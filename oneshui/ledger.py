@@ -103,6 +103,7 @@ def recover(
     if done.exists():
         for t in map(Path, json.loads(done.read_text())):
             if part_of(t).exists(): os.replace(part_of(t), t)
+            flush(t.parent)   # its name too, before the journal goes
         done.unlink()
     if begun.exists():
         try: targets = json.loads(begun.read_text())

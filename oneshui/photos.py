@@ -17,6 +17,7 @@ from PIL import Image
 from .core import DataError, progress
 from .data import Faces, as_rgb, make_faces
 from .handlers import Preprocessing
+from .readers import read_strings
 from .vit import ImageSet, SupportSet
 from torchvision.transforms import v2
 
@@ -30,11 +31,7 @@ def read_table(
     if not file.is_file():
         raise DataError(f'{file}: no such file. Name a CSV with the columns path, '
                         'identity and the targets, perhaps split, or a folder.')
-    try: t = pd.read_csv(file, dtype=str, na_filter=False, encoding='utf-8-sig')
-    except (ValueError, pd.errors.ParserError) as e:
-        raise DataError(f'{file}: {str(e).strip()}. It should be text (UTF-8) with '
-                        'the same number of columns in every row.') from e
-    t = t.rename(columns=str.strip).apply(lambda c: c.str.strip())
+    t = read_strings(file).rename(columns=str.strip).apply(lambda c: c.str.strip())
     t.index += 2
     lacks = [c for c in ('path', 'identity') if c not in t]
     if lacks or not {*t.columns} - {'path', 'identity', 'split'}:

@@ -374,4 +374,6 @@ def train_office(
     D = {part: ImageSet(pixels, rows(part)) for part in ('train', 'val')}
     model = create_model(P.model, len(faces.classes))
     fit(model, D['train'], D['val'], P.recipe('celeba'), quiet=True)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, weights)
+    part = weights.with_suffix('.part')   # what is there is whole
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, part)
+    part.replace(weights)

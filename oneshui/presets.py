@@ -208,6 +208,7 @@ def listed(
 ) -> list | None:
     "What papermill hands over as text, as a list."
     if value is None or isinstance(value, (list, tuple)): return value
+    if value == 'None': return None   # as papermill's -p has it
     if not isinstance(value, str): return [value]
     try: found = json.loads(value.replace("'", '"'))
     except json.JSONDecodeError:

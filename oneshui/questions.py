@@ -49,7 +49,7 @@ def unlearned(
     "A run's unlearning with other portraits, or with other prepared tensors."
     model = store.get(store.related(s, 'pretrain')).model()
     state = store.prepared(s)[0] if state is None else state
-    pixels = store.pixels(s.dataset, s.model.image_size)
+    pixels = store.pixels_of(s)
     torch.manual_seed(2_000_000 + s.seeds.unlearning)
     for rows in support:
         S = support_set(pixels, rows)

@@ -236,6 +236,7 @@ def summary(
     t = changes(requests, arm).drop(columns='request')
     rows = []
     for what, v in t.items():
+        v = v.dropna()   # no image of a class: no score
         mean, half, n = t_interval(v)
         low, high = for_one_more(v, level)
         rows.append(dict(what=what, mean=mean, half=half, low=low, high=high, n=n))
@@ -264,6 +265,11 @@ def standing(
               and np.subtract(*compare(requests, a, title)) > 0]
     said = f' Better: {" and ".join(f"{a} ({t[a]:.1f})" for a in better)}.'
     said = said if better else ''
+    each = pd.DataFrame(requests)
+    lost = each.request[~np.isfinite(each.nearness)].nunique()
+    if lost:
+        return 'fails', (f'{lost} of {each.request.nunique()} requests left the finite '
+                         'numbers: the step is much too long, or the model overflows.')
     if not math.isfinite(half): return 'undecided', f'too few requests ({found}).'
     if mean - half > 0:
         return 'works', f'{title} came nearer to not knowing ({found}).{said}'

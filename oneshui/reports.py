@@ -130,5 +130,5 @@ def write_report(
     report: dict, svg: str, path: Path,   # ends in .json or .html, perhaps hidden
 ):
     "Whichever the name asks for."
-    if '.json' in path.name: path.write_text(json.dumps(report, indent=1) + '\n')
+    if '.report.json' in path.name: path.write_text(json.dumps(report, indent=1) + '\n')
     else: path.write_text(as_html(report, svg), encoding='utf-8')

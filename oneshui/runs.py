@@ -269,8 +269,11 @@ def _retrain_again(s, what):
 
 def _reference(s, what):
     if s.method == 'pretrain': return _training(s, 'retrain')
-    if s.method == 'retrain': return s.model_copy(update=dict(n_forget=max(s.sizes)))
-    return s.model_copy(update=dict(start='retrain'))
+    if s.method != 'retrain': return s.model_copy(update=dict(start='retrain'))
+    largest = s.model_copy(update=dict(n_forget=max(s.sizes)))
+    if largest != s: return largest
+    first = first_training(s)   # no model is its own reference
+    return _retrain_again(s, what) if s == first else first
 
 def _prepared(s, what):
     # Retrain belongs to one request; from Pretrain, one preparation serves them all
@@ -313,9 +316,15 @@ def sets(self: RunStore,
     s: RunSpec,
 ) -> dict:  # train, support, retain, forget, val, test -> ImageSet
     "The images of a run's request."
-    r, m = self.request(s), s.model
-    pixels = self.pixels(s.dataset, m.image_size, m.antialias)
+    r, pixels = self.request(s), self.pixels_of(s)
     return {d: ImageSet(pixels, getattr(r, d)) for d in ('train', *SETS)}
+
+@patch
+def pixels_of(self: RunStore,
+    s: RunSpec,
+) -> Pixels:
+    "All images of the data set, as the run's network is shown them."
+    return self.pixels(s.dataset, s.model.image_size, s.model.antialias)
 
 # %% ../nbs/api/runs.ipynb #2bdc3b6f
 def _hash(path): return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -470,7 +479,7 @@ def fill(self: RunStore, s: RunSpec, part: Path):
     "Make a run and write its files into a folder; of several ranks, the first does."
     made, logits = maker_of(s)[0](self, s, part), None
     if made.model is not None:
-        pixels, t = self.pixels(s.dataset, s.model.image_size), s.train
+        pixels, t = self.pixels_of(s), s.train
         every = ImageSet(pixels, np.arange(len(pixels)))
         logits = predict(made.model, every, dtype=t.precision, workers=t.workers)
     if not first(): return
@@ -488,7 +497,7 @@ def fill_here():
 def fill_on_ranks(self: RunStore, s: RunSpec, part: Path):
     "`fill` by so many processes. Raises `StoreError` if one of them fails."
     for needed in _needs(self, s): self.get(needed)
-    self.request(s), self.pixels(s.dataset, s.model.image_size)   # decoded once
+    self.request(s), self.pixels_of(s)   # decoded once
     notes = part / 'training'   # deleted in the end
     notes.mkdir(exist_ok=True)
     (notes / 'spec.json').write_text(s.model_dump_json())
@@ -556,7 +565,7 @@ def views(self: RunStore,
 def look(self: RunStore, run: Run, views: int, r: Request) -> dict:
     "As of `views`, computed."
     s, t, model = run.spec, run.spec.train, run.model()
-    pixels = self.pixels(s.dataset, s.model.image_size)
+    pixels = self.pixels_of(s)
     how = (t.crop, views), (t.precision, t.workers)
     seen = lambda rows, seed: augmented_logits(model, ImageSet(pixels, rows),
                                                *how[0], seed, *how[1])
@@ -607,9 +616,16 @@ def metrics(self: RunStore,
     "Every declared metric that needs no views, and the seconds that the run took."
     plain = [m.name for m in METRICS.load().values() if not m.views]
     found = {k: v for name in plain for k, v in self.metric(s, name).items()}
-    if self.released:   # mia is what the authors' code would call so
-        found |= {k: found[f'released_{k}'] for k in found if f'released_{k}' in found}
-    return {k: v for k, v in found.items() if np.isscalar(v)} | self.get(s).seconds
+    found = {k: v for k, v in found.items() if np.isscalar(v)}
+    return self.called(found) | self.get(s).seconds
+
+@patch
+def called(self: RunStore,
+    found: dict,  # name -> number
+) -> dict:
+    "In a released store mia is what the authors' code calls so."
+    theirs = {k: found[f'released_{k}'] for k in found if f'released_{k}' in found}
+    return found | theirs if self.released else found
 
 # %% ../nbs/api/runs.ipynb #32cba864
 def metric_of(
@@ -641,7 +657,10 @@ def check_folder(
     folder: Path,  # of a run
 ) -> dict:         # damaged, changed: lists of names
     "What is wrong with one stored run."
-    kept = json.loads((folder / 'manifest.json').read_text())
+    try: kept = json.loads((folder / 'manifest.json').read_text())
+    except ValueError: kept = {}
+    if not {'files', 'code'} <= {*kept}:
+        return dict(damaged=['manifest.json'], changed=[])
     good = lambda name, h: (folder / name).exists() and _hash(folder / name) == h
     damaged = [name for name, h in kept['files'].items() if not good(name, h)]
     try: s = RunSpec.model_validate_json((folder / 'spec.json').read_text())
@@ -666,7 +685,9 @@ def check_answer(
 ) -> dict:       # damaged, changed: lists of names
     "What is wrong with one stored answer."
     try: kept = json.loads(file.read_text())
-    except json.JSONDecodeError: return dict(damaged=[file.name], changed=[])
+    except ValueError: kept = {}
+    if not {'made_by', 'code', 'value'} <= {*kept}:
+        return dict(damaged=[file.name], changed=[])
     now = code_behind(kept['made_by'])
     return dict(damaged=[], changed=changed_code(kept['code'], now) if now else [])
 

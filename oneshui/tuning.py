@@ -74,8 +74,11 @@ def try_settings(
     found = {s.digest: t['tow'] for s, t in zip(made, tow)}
     def judged(mine):
         if not all(s.digest in found for s in mine): return math.nan, math.nan
-        cost = [sum(store.get(s).seconds.values()) for s in mine]
-        return np.mean([found[s.digest] for s in mine]), sum(cost)
+        times = [store.get(s).seconds for s in mine]
+        prepared = {store.related(s, 'prepared').digest: t['prepare_seconds']
+                    for s, t in zip(mine, times)}   # one may serve several requests
+        seconds = sum(t['seconds'] for t in times) + sum(prepared.values())
+        return np.mean([found[s.digest] for s in mine]), seconds
     return {key: judged(mine) for key, mine in specs.items()}
 
 # %% ../nbs/api/tuning.ipynb #07c8fd49

@@ -171,6 +171,17 @@ DECADES = [(9, .1), (100, .01), (9_999, 1e-3), (10_000, 1e-4), (10 ** 7, 1e-4)]
 def test_lowest_fpr(n, f): assert lowest_fpr(n) == f
 
 
+@pytest.mark.parametrize('broken', [np.nan, -np.inf])
+def test_a_broken_model_knows_nobody(broken):
+    seen = attack_summary(np.full(12, broken), np.full(40, broken), boot=2)
+    assert seen['auc'] == 50
+    some = np.array([3., broken, broken]), np.array([1., 2.])
+    assert attack_summary(*some, boot=2)['auc'] == pytest.approx(100 / 3)
+    lost = np.full((3, 5), np.nan)
+    assert np.isfinite(confidence(lost)).all()
+    assert against_oracles(confidence(lost), confidence(np.ones((3, 5))))['klom'] > 0
+
+
 def test_interval_covers_a_known_auc():
     hits = 0
     for k in range(60):

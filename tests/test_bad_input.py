@@ -145,6 +145,9 @@ PREPARE = {   # what is wrong -> (scene -> argv, what the message has to say)
     'a column is missing': (lambda s: s.prepare(table=s.table.drop(columns='identity')),
                             ['missing: identity', 'staff.csv']),
     'no target': (lambda s: s.prepare(table=s.table.drop(columns='age')), ['target']),
+    'a row that is too long': (lambda s: s.prepare(data=s.file(
+        'long.csv', 'path,identity,age\na.png,Ann,1,\nb.png,Bo,1,\n')),
+        ['long.csv', 'same number of columns']),
     'an empty cell': (lambda s: s.prepare(table=s.with_line('age', '', 3)),
                       ['row 5', 'age is empty']),
     'an unknown split': (lambda s: s.prepare(table=s.with_line('split', 'dev', 2)),

@@ -245,6 +245,11 @@ def test_csv_of_your_own(tree):
         f'path,identity,age\n{celeba}/000001.jpg,Ann,old\n'
         f'{celeba}/000002.jpg,Bo,young\n')
     assert read_faces('ages.csv', tree).targets.tolist() == [0, 1]
+    (tree / 'spaces.csv').write_text(
+        f'path,identity,age\n{celeba}/000001.jpg,Ann ,old\n'
+        f'{celeba}/000002.jpg, Ann,old \n')
+    f = read_faces('spaces.csv', tree)
+    assert len(set(f.identity)) == len(f.classes) == 1, 'one person, one class'
 
 
 @pytest.mark.parametrize('text, says', [
@@ -252,6 +257,7 @@ def test_csv_of_your_own(tree):
     ('path,identity,hat\na.jpg,Ann,1\nb.jpg, ,1\n', 'row 3, identity is empty'),
     ('path,who,hat\na.jpg,Ann,1\n', 'expected path, identity'),
     ('path,identity\na.jpg,Ann\n', 'at least one target column'),
+    ('path,identity,hat\na.jpg,Ann,1\na.jpg ,Bo,1\n', 'row 3, "a.jpg" is listed for'),
     ('path,identity,hat\na.jpg,Ann,1,1,1\nb.jpg,Bo\n', 'bad.csv')])
 def test_a_damaged_csv_is_named(tmp_path, text, says):
     (tmp_path / 'bad.csv').write_text(text)

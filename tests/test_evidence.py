@@ -57,6 +57,8 @@ def test_rank_test_is_exact_and_knows_what_it_cannot_show():
     assert rank_p(np.array([-1.]), np.arange(4.), 'less') == pytest.approx(.2)
     assert rank_p(np.zeros(3), np.zeros(5)) == 1, 'ties say nothing'
     assert rank_among(9., np.arange(9.)) == pytest.approx(.1)
+    nan = np.full(12, np.nan)
+    assert rank_p(nan, np.full(40, np.nan)) == rank_among(np.nan, np.arange(9.)) == 1
     few = {k: dict(p=.2, p_less=1., least=.2) for k in ('before', 'after')}
     assert attack_verdict(few) == 'too few people'
 

@@ -468,7 +468,38 @@ def test_runs_check_says_what_is_damaged(store, smoke, capsys):
     f.write_text('')
     code, said = check(store.root)
     assert code == 1 and 'damaged: log.csv' in said
+    (f.parent / 'manifest.json').write_text('')
+    (store.root / 'results').mkdir(exist_ok=True)
+    (store.root / 'results/half.json').write_text('{}')
+    code, said = check(store.root)
+    assert code == 1 and 'damaged: manifest.json' in said and 'half.json' in said
     assert 'nowhere: no such folder' in check('nowhere')[0]
+
+
+def test_no_model_is_its_own_reference(store, smoke):
+    s = store.spec(smoke, 'mufac', 3, 0, 'retrain')   # the largest request
+    again = store.related(s, 'retrain_again')
+    assert store.related(s, 'reference') == again
+    assert store.related(again, 'reference') == s
+    small = store.spec(smoke, 'mufac', 2, 0, 'retrain')
+    assert store.related(small, 'reference') == s
+
+
+def test_every_look_at_images_is_the_runs_own(store, smoke, monkeypatch):
+    rough = smoke.model.model_copy(update=dict(antialias=False))
+    s = store.spec(smoke.model_copy(update=dict(model=rough)), 'mufac', 2, 0, 'retrain')
+    asked, plain = [], RunStore.pixels
+    monkeypatch.setattr(RunStore, 'pixels', lambda self, name, size, smooth=True:
+                        asked.append(smooth) or plain(self, name, size, smooth))
+    store.outputs(s, views=1)
+    assert asked and not any(asked)
+
+
+def test_released_scores_go_by_the_released_name(store):
+    found = dict(mia=50., released_mia=60., tow=70.)
+    assert store.called(found) == found
+    store.released = True
+    assert store.called(found) == found | dict(mia=60.)
 
 
 def test_parameters_from_papermill():
@@ -477,6 +508,8 @@ def test_parameters_from_papermill():
     )
     assert p.datasets == p.focus == ['mufac'] and p.seeds == [0, 1]
     assert check_parameters(dict(preset='smoke', seeds=3))[0].seeds == [3]
+    given = dict(preset='smoke', seeds='None', datasets='None')
+    assert check_parameters(given)[0] == check_parameters(dict(preset='smoke'))[0]
     with pytest.raises(PresetError, match='unknown parameter sedes'):
         check_parameters(dict(preset='smoke', sedes=[1]))
 
