@@ -123,6 +123,7 @@ def by_people(
     "One witness for each person."
     return pd.Series(np.asarray(scores, float)).groupby(np.asarray(who)).mean()
 
+# %% ../nbs/api/evidence.ipynb #sp821785
 def rank_p(
     asked: np.ndarray, controls: np.ndarray,  # one score for each person
     side: str = 'greater',                    # or 'less'
@@ -243,7 +244,7 @@ def lira_attack(
 
 # %% ../nbs/api/evidence.ipynb #9757dd19
 @attack('Range, from a portrait', 'Tao and Shokri 2024',
-        'portraits of these people that were not trained on (rows with split = portrait)')
+        'portraits of these people, not trained on: rows with split = portrait')
 def range_attack(
     case: Case, target: Outputs,
 ) -> tuple | None:  # (scores, whose)

@@ -65,6 +65,7 @@ def tuning_numbers(self: Preset) -> range:
     "The requests of the tuning seed on which settings are chosen."
     return range(self.tuned_on or self.requests)
 
+# %% ../nbs/api/presets.ipynb #sp485202
 @patch
 def cell(self: Preset,
     dataset: str,  # name of a data set
@@ -203,6 +204,7 @@ class Parameters(Spec):
     cluster: str | None = None        # a Dask scheduler, tcp://…; None: this machine
     ranks: int = Field(1, ge=1)       # devices that share a run, here
 
+# %% ../nbs/api/presets.ipynb #sp646768
 def listed(
     value,  # '["mufac"]', 'mufac,celeba', 3, a list, or None
 ) -> list | None:

@@ -129,7 +129,7 @@ def read_strings(
             return pd.read_csv(path, **how)
     except (ValueError, pd.errors.ParserWarning) as e:
         raise DataError(f'{path}: {str(e).strip()}. Repair the file: it should be text '
-                        'with the same number of columns in every row.') from e
+                        '(UTF-8), the same number of columns in every row.') from e
 
 # %% ../nbs/api/readers.ipynb #6ce2b8a8
 def _rows(path, names=None):

@@ -609,6 +609,7 @@ def metric(self: RunStore,
     make = lambda: m.fn(seen(s), **{n: seen(o) for n, o in need.items()})
     return self.cached(f'metric-{name}', key, make, m.fn)
 
+# %% ../nbs/api/runs.ipynb #sp800791
 @patch
 def metrics(self: RunStore,
     s: RunSpec,
@@ -653,6 +654,7 @@ def check_runs(
     t = pd.DataFrame(rows, columns=['run', 'damaged', 'changed'])
     return t[t.damaged.astype(bool) | t.changed.astype(bool)]
 
+# %% ../nbs/api/runs.ipynb #sp789676
 def check_folder(
     folder: Path,  # of a run
 ) -> dict:         # damaged, changed: lists of names

@@ -35,6 +35,7 @@ def candidates(
     "Every combination: settings are crossed, none is tied to another."
     return [dict(zip(grid, values)) for values in product(*grid.values())]
 
+# %% ../nbs/api/tuning.ipynb #sp022380
 def flat(
     settings: dict,
 ) -> dict:
