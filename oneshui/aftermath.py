@@ -14,7 +14,7 @@ from .attacks import auc_and_tpr, clopper_pearson, confidence
 from .attacks import draw_groups, roc
 from .evidence import Case, attack_verdict, by_people, least_p, rank_p
 from .metrics import Outputs, task_loss
-from .probes import nearer, relearned, three_sample
+from .probes import compared_as, nearer, relearned, three_sample
 from .vit import TrainSpec, predict
 
 # %% ../nbs/api/aftermath.ipynb #3ffaf531
@@ -179,9 +179,8 @@ def said_by(
     o: Outputs,
     which: str,      # name of a set
 ) -> np.ndarray:     # [n, c]
-    "Logits, or with classes log-probabilities: what a distance is taken of."
-    z, classes = o.logits[which], not o.targets[which].is_floating_point()
-    return (z.log_softmax(1) if classes else z).numpy().astype(float)
+    "`compared_as` of a set."
+    return compared_as(o.logits[which], not o.targets[which].is_floating_point())
 
 def nearness_on(
     target: Outputs, ends: tuple,   # knows them, never did

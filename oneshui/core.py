@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['OneshuiError', 'DataError', 'PresetError', 'StoreError', 'NumbersError', 'default_device', 'device_of', 'precision',
-           'speed_up', 'same_noise', 'progress', 'Registry', 'Spec', 'digest', 'write_atomically', 'project_root']
+           'speed_up', 'same_noise', 'progress', 'Registry', 'Spec', 'digest', 'write_atomically', 'whole_folder',
+           'free_place', 'file_sha', 'project_root']
 
 # %% ../nbs/api/core.ipynb #6690686c
-import contextlib, hashlib, json, os
+import contextlib, hashlib, json, os, shutil
 from importlib.metadata import entry_points
 from pathlib import Path
 import torch
@@ -152,6 +153,47 @@ def write_atomically(
     part = Path(f'{path}.{os.getpid()}.part')
     part.write_text(text)
     os.replace(part, path)
+
+# %% ../nbs/api/core.ipynb #sp368043
+@contextlib.contextmanager
+def whole_folder(
+    folder: str | Path,  # not there yet, or empty
+):                       # yields the folder to write into
+    "A folder that appears when all of it is written, or not at all."
+    folder = Path(folder)
+    part = folder.with_name(f'.{folder.name}.{os.getpid()}.part')
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    yield part
+    if folder.exists(): folder.rmdir()
+    os.replace(part, folder)
+
+# %% ../nbs/api/core.ipynb #sp692166
+def free_place(
+    folder: str | Path,
+    option: str, why: str,  # that names it; why nothing there is overwritten
+) -> Path:
+    "Raise `DataError` if something lies there already, or nothing can."
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(f'{folder}: exists already. Name another folder with {option}; '
+                        f'{why}.')
+    above = (folder.absolute(), *folder.absolute().parents)
+    there = next(p for p in above if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise DataError(f'{there}: cannot be written to. Name another folder with '
+                        f'{option}.')
+    return folder
+
+# %% ../nbs/api/core.ipynb #sp547041
+def file_sha(
+    path: str | Path,
+) -> str:   # 64 hex digits
+    "sha256 of a file's content."
+    h = hashlib.sha256()
+    with open(path, 'rb') as f:
+        while block := f.read(1 << 20): h.update(block)
+    return h.hexdigest()
 
 def project_root() -> Path:  # where data/, runs/ and figures/ belong
     "The checkout that the working directory lies in, else the working directory."

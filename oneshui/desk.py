@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from .core import DataError, NumbersError, PresetError, Spec
+from .core import DataError, NumbersError, PresetError, Spec, file_sha
 from .handlers import check_weights
-from .kit import Kit, features_of, file_sha, kit_sha, read_kit, untypical
+from .kit import Kit, features_of, kit_sha, read_kit, untypical
 from .ledger import (Line, appear_together, one_at_a_time, read_ledger, salted,
                             signed)
 from .methods import METHODS, read_as

@@ -8,7 +8,7 @@ __all__ = ['LIMITS', 'KIT_SETS', 'COLOURS', 'still_known', 'headline', 'other_li
            'relearning_drawn', 'pictures', 'findings_html', 'write_findings']
 
 # %% ../nbs/api/findings.ipynb #abe82ed5
-import io, math, os, re, shutil
+import io, math, re
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -16,13 +16,13 @@ import matplotlib.pyplot as plt, numpy as np
 from jinja2 import Environment
 from .aftermath import gained, people_found
 from .attacks import clopper_pearson
-from .core import Spec
+from .core import Spec, file_sha, whole_folder
 from .evidence import FORGOTTEN, Case, attack_all, forest_found
-from .inspection import PAIR, Audit, Opened, averages, case_of, check_folder
+from .inspection import PAIR, Audit, Opened, averages, case_of
 from .inspection import every, everybody_else, open_audit, relearn, u_lira_row
 from .inspection import whom_like
 from .handlers import check_weights
-from .kit import file_sha, read_kit, today, versions
+from .kit import read_kit, today, versions
 from .metrics import score
 from .reports import expected
 
@@ -304,11 +304,6 @@ def write_findings(
     folder: Path,
 ):
     "Both files appear together, or neither."
-    check_folder(folder).parent.mkdir(parents=True, exist_ok=True)
-    part = folder.with_name(f'.{folder.name}.{os.getpid()}.part')
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    (part / 'audit.json').write_text(r.model_dump_json(indent=1), encoding='utf-8')
-    (part / 'audit.html').write_text(findings_html(r, svg), encoding='utf-8')
-    if folder.exists(): folder.rmdir()
-    os.replace(part, folder)
+    with whole_folder(folder) as part:
+        (part / 'audit.json').write_text(r.model_dump_json(indent=1), encoding='utf-8')
+        (part / 'audit.html').write_text(findings_html(r, svg), encoding='utf-8')

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['QUANTILES', 'quantiles', 'margins', 'features_of', 'untypical', 'DataCard', 'Reference', 'Rehearsed', 'Kit',
-           'state_sizes', 'file_sha', 'today', 'versions', 'check_place', 'write_kit', 'read_kit', 'kit_sha',
-           'readable']
+           'state_sizes', 'today', 'versions', 'check_place', 'write_kit', 'read_kit', 'kit_sha', 'readable']
 
 # %% ../nbs/api/kit.ipynb #b19eb7ff
-import datetime, hashlib, os, shutil
+import datetime, os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 import numpy as np, torch
@@ -17,7 +16,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from .core import DataError, Spec, StoreError
+from .core import DataError, Spec, StoreError, file_sha, free_place, whole_folder
 from .handlers import ModelSource
 from .methods import in_words, projected_layers
 from .vit import logits_and_cls
@@ -128,15 +127,6 @@ def state_sizes(
             'NegGrad, JiT': 0, 'SSD': 4 * n, 'PGU': sum(4 * d * d for d in inputs),
             'the model': 4 * n, 'the training images': images_bytes}
 
-def file_sha(
-    path: str | Path,
-) -> str:   # 64 hex digits
-    "sha256 of a file's content."
-    h = hashlib.sha256()
-    with open(path, 'rb') as f:
-        while block := f.read(1 << 20): h.update(block)
-    return h.hexdigest()
-
 # %% ../nbs/api/kit.ipynb #f45bbf23
 def today() -> str:
     "The date."
@@ -154,16 +144,8 @@ def check_place(
     folder: str | Path,   # where a kit shall lie
 ) -> Path:
     "Raise `DataError` if something lies there already, or nothing can."
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DataError(f'{folder}: exists already. Name another folder with --kit, or '
-                        'delete it: a kit is not overwritten, requests may hang on it.')
-    try: folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise DataError(f'{folder}: its folder cannot be made ({e}).') from e
-    if not os.access(folder.parent, os.W_OK):
-        raise DataError(f'{folder.parent}: cannot be written to. Name another folder.')
-    return folder
+    return free_place(folder, '--kit', 'a kit is not overwritten, requests may hang on '
+                                       'it')
 
 # %% ../nbs/api/kit.ipynb #976f4b3e
 def write_kit(
@@ -172,20 +154,14 @@ def write_kit(
     state: dict,   # name -> tensor
 ) -> Kit:
     "Both files appear together."
-    folder = check_place(folder)
-    part = folder.with_name(f'.{folder.name}.{os.getpid()}.part')
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()},
-              part / 'state.safetensors')
-    sizes = {'this kit': 0} | table['sizes']   # known when it is written
-    kit = Kit(**table | dict(sizes=sizes),
-              state_sha=file_sha(part / 'state.safetensors'))
-    text = len(kit.model_dump_json(indent=1).encode())
-    kit.sizes['this kit'] = text + os.path.getsize(part / 'state.safetensors')
-    (part / 'kit.json').write_text(kit.model_dump_json(indent=1))
-    if folder.exists(): folder.rmdir()
-    os.replace(part, folder)
+    with whole_folder(check_place(folder)) as part:
+        tensors = part / 'state.safetensors'
+        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, tensors)
+        sizes = {'this kit': 0} | table['sizes']   # known when it is written
+        kit = Kit(**table | dict(sizes=sizes), state_sha=file_sha(tensors))
+        text = len(kit.model_dump_json(indent=1).encode())
+        kit.sizes['this kit'] = text + os.path.getsize(tensors)
+        (part / 'kit.json').write_text(kit.model_dump_json(indent=1))
     return kit
 
 # %% ../nbs/api/kit.ipynb #94b4dbc4

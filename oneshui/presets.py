@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'Cell', 'Quick', 'Preset', 'for_request', 'check_settings', 'load_preset', 'cells_of', 'requests_of',
            'as_released', 'hyper_table', 'Parameters', 'listed', 'unknown_parameters', 'given_parameters',
-           'check_folder', 'check_parameters', 'published_folder', 'out_folder']
+           'check_data_dir', 'check_parameters', 'published_folder', 'out_folder']
 
 # %% ../nbs/api/presets.ipynb #c6182f2b
 import importlib.resources, json
@@ -243,7 +243,7 @@ def given_parameters(
         said = lambda x: f'parameter {x["loc"][0]} = {x["input"]!r}: {x["msg"]}'
         raise PresetError('; '.join(map(said, e.errors()))) from None
 
-def check_folder(
+def check_data_dir(
     p: Parameters, preset: Preset,
 ):
     "Raise `PresetError` unless the data can come from somewhere."
@@ -274,7 +274,7 @@ def check_parameters(
     for d in (*datasets, *focus): get_dataset(d), preset.cell(d)
     if not seeds or min(seeds) < 0:
         raise PresetError(f'seeds = {seeds}: give at least one, none negative.')
-    check_folder(p, preset)
+    check_data_dir(p, preset)
     full = dict(datasets=datasets, focus=focus, seeds=seeds)
     return p.model_copy(update=full), preset.model_copy(update=dict(asked=few.requests))
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRAININGS', 'SETS', 'Seeds', 'seeds_of', 'RunSpec', 'first_training', 'code_of', 'changed_code', 'StaleRun',
            'warn_if_stale', 'RunStore', 'Run', 'Made', 'train_run', 'prepare_run', 'unlearn_run', 'maker_of',
-           'write_run', 'fill_here', 'metric_of', 'check_runs', 'check_folder', 'code_behind', 'check_answer', 'accept',
+           'write_run', 'fill_here', 'metric_of', 'check_runs', 'check_run', 'code_behind', 'check_answer', 'accept',
            'main', 'make_runs', 'run_grid', 'question', 'measure', 'open_store', 'check_parameters', 'out_folder',
            'published_folder']
 
@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from .attacks import augmented_logits
 from .cluster import Lost, noted, own_data, working_on
 from .core import DataError, PresetError, Spec, StoreError, digest, progress
-from .core import project_root, write_atomically
+from .core import file_sha, project_root, write_atomically
 from .data import Faces, Pixels, Request, RoughPixels, make_request, portrait
 from .methods import METHODS, method_rows
 from .metrics import METRICS, Outputs
@@ -327,8 +327,6 @@ def pixels_of(self: RunStore,
     return self.pixels(s.dataset, s.model.image_size, s.model.antialias)
 
 # %% ../nbs/api/runs.ipynb #2bdc3b6f
-def _hash(path): return hashlib.sha256(path.read_bytes()).hexdigest()
-
 class Run:
     "A finished run."
     def __init__(self, store: RunStore, spec: RunSpec):
@@ -347,7 +345,7 @@ class Run:
     ) -> Path:
         "A file that is what was written. Raises `StoreError`."
         f, expected = self.folder / name, self.manifest['files'].get(name)
-        if f.exists() and _hash(f) == expected: return f
+        if f.exists() and file_sha(f) == expected: return f
         raise self.damaged(name)
 
     @property
@@ -457,7 +455,8 @@ def write_run(
         save_file(t, part / f'{name}.safetensors')
     if made.log is not None: made.log.to_csv(part / 'log.csv', index=False)
     (part / 'spec.json').write_text(s.model_dump_json(indent=1))
-    files = {f.name: _hash(f) for f in sorted(part.iterdir()) if f.is_file()}
+    files = {f.name: file_sha(f) for f in sorted(part.iterdir())
+             if f.is_file() and f.name != 'manifest.json'}
     kept = dict(files=files, code=maker_of(s)[1], seconds=made.seconds)
     kept |= dict(torch=torch.__version__)
     (part / 'manifest.json').write_text(json.dumps(kept, indent=1))
@@ -649,13 +648,13 @@ def check_runs(
     "Runs and answers that are damaged, or were made by other code."
     runs = [f.parent for f in sorted(store.root.glob('*/manifest.json'))]
     answers = sorted(store.root.glob('results/*.json'))
-    rows = [dict(run=f.name) | check_folder(f) for f in runs]
+    rows = [dict(run=f.name) | check_run(f) for f in runs]
     rows += [dict(run=f'results/{f.name}') | check_answer(f) for f in answers]
     t = pd.DataFrame(rows, columns=['run', 'damaged', 'changed'])
     return t[t.damaged.astype(bool) | t.changed.astype(bool)]
 
 # %% ../nbs/api/runs.ipynb #sp789676
-def check_folder(
+def check_run(
     folder: Path,  # of a run
 ) -> dict:         # damaged, changed: lists of names
     "What is wrong with one stored run."
@@ -663,7 +662,7 @@ def check_folder(
     except ValueError: kept = {}
     if not {'files', 'code'} <= {*kept}:
         return dict(damaged=['manifest.json'], changed=[])
-    good = lambda name, h: (folder / name).exists() and _hash(folder / name) == h
+    good = lambda name, h: (folder / name).exists() and file_sha(folder / name) == h
     damaged = [name for name, h in kept['files'].items() if not good(name, h)]
     try: s = RunSpec.model_validate_json((folder / 'spec.json').read_text())
     except (ValueError, OSError):
