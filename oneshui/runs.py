@@ -21,6 +21,7 @@ import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from filelock import FileLock
 from joblib import Parallel, delayed
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 # %% ../nbs/api/runs.ipynb #fb656b84
@@ -551,13 +552,15 @@ def views(self: RunStore,
     r: Request,
 ) -> dict:  # 'forget', 'test' -> float32 [views, n, c]
     "Logits of D_f and D_te under the training's augmentation, made when first asked."
-    run = self.get(s)
+    run, now = self.get(s), code_of(augmented_logits)
     f = run.folder / f'views-{views}-of-{r.n_forget}-{r.number}.safetensors'
     with FileLock(self.root / f'.{run.folder.name}.lock'):
         if not f.exists():
             part = f.with_suffix(f'.{os.getpid()}.part')
-            save_file(self.look(run, views, r), part)
+            save_file(self.look(run, views, r), part, dict(code=json.dumps(now)))
             os.replace(part, f)
+    with safe_open(f, 'pt') as kept: made_by = (kept.metadata() or {}).get('code')
+    if made_by: warn_if_stale(f.name, json.loads(made_by), now)
     return load_file(f)
 
 @patch

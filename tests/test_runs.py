@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from oneshui.core import PresetError, StoreError
 from oneshui.methods import METHODS, method
@@ -493,6 +493,15 @@ def test_every_look_at_images_is_the_runs_own(store, smoke, monkeypatch):
                         asked.append(smooth) or plain(self, name, size, smooth))
     store.outputs(s, views=1)
     assert asked and not any(asked)
+
+
+def test_views_of_other_code_are_named(store, smoke):
+    s = store.spec(smoke, 'mufac', 2, 0, 'retrain')
+    store.outputs(s, views=1)
+    f, = store.folder(s).glob('views-*.safetensors')
+    other = {'oneshui.attacks.augmented_logits': 'of then'}
+    save_file(load_file(f), f, dict(code=json.dumps(other)))
+    with pytest.warns(StaleRun, match='augmented_logits'): store.outputs(s, views=1)
 
 
 def test_released_scores_go_by_the_released_name(store):

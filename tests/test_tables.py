@@ -33,8 +33,9 @@ EVALUATION = {   # notebook -> files that it leaves
                    'attacks_compared.csv', *named('oracles', *TABLE),
                    *(f for name in ('relearning', 'three_sample', 'people')
                      for f in named(name, *TABLE, *PICTURE))],
-    '08_ablations': [f for group in GROUPS
-                     for f in named(f'ablation_{group}', *TABLE, *PICTURE)],
+    '08_ablations': ['last_digit.csv',
+                     *(f for group in GROUPS
+                       for f in named(f'ablation_{group}', *TABLE, *PICTURE))],
     '09_robustness': [f for name in ('robustness', 'single', 'sequence')
                       for f in named(name, *TABLE, *PICTURE)],
     '10_similarity': [*named('similarity_images', *TABLE, *PICTURE),
