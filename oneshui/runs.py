@@ -563,6 +563,7 @@ def views(self: RunStore,
     if made_by: warn_if_stale(f.name, json.loads(made_by), now)
     return load_file(f)
 
+# %% ../nbs/api/runs.ipynb #sp192201
 @patch
 def look(self: RunStore, run: Run, views: int, r: Request) -> dict:
     "As of `views`, computed."
