@@ -10,7 +10,7 @@ __all__ = ['LADDER', 'calibrated', 'rank_among', 'control_scores', 'people_found
 # %% ../nbs/api/aftermath.ipynb #ab4a5af7
 from collections.abc import Callable
 import numpy as np, pandas as pd, torch
-from .attacks import auc_and_tpr, clopper_pearson, confidence
+from .attacks import as_known, auc_and_tpr, clopper_pearson, confidence
 from .attacks import draw_groups, roc
 from .evidence import Case, attack_verdict, by_people, least_p, rank_p
 from .metrics import Outputs, task_loss
@@ -31,8 +31,7 @@ def rank_among(
     score: float, controls: np.ndarray,
 ) -> float:
     "Exact p-value of one person among controls."
-    known = np.nan_to_num(np.append(controls, score), nan=-np.inf,
-                          posinf=np.inf, neginf=-np.inf)   # broken: knows nobody
+    known = as_known(np.append(controls, score))
     return int((known >= known[-1]).sum()) / len(known)
 
 def control_scores(

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 import numpy as np, pandas as pd, torch
 from scipy.stats import mannwhitneyu, rankdata, trim_mean
-from .attacks import attack_summary, auc_and_tpr, augmented_logits
+from .attacks import as_known, attack_summary, auc_and_tpr, augmented_logits
 from .attacks import clopper_pearson, confidence, lira, log_ratio, loss_mia
 from .attacks import rmia_against, roc
 from .audits import FIXED
@@ -130,8 +130,7 @@ def rank_p(
 ) -> float:
     "p-value of the rank sum: exact, or of 4,999 draws, or by its normal limit."
     n, m = len(asked), len(controls)
-    both = np.concatenate([asked, controls]).astype(float)
-    both[np.isnan(both)] = -np.inf   # a broken model knows nobody
+    both = as_known(np.concatenate([asked, controls]))
     if min(n, m) > 20:
         return float(mannwhitneyu(both[:n], both[n:], alternative=side).pvalue)
     ranks = rankdata(both if side == 'greater' else -both)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TRAININGS', 'SETS', 'Seeds', 'seeds_of', 'RunSpec', 'first_training', 'code_of', 'changed_code', 'StaleRun',
            'warn_if_stale', 'RunStore', 'Run', 'Made', 'train_run', 'prepare_run', 'unlearn_run', 'maker_of',
-           'write_run', 'fill_here', 'metric_of', 'check_runs', 'check_run', 'code_behind', 'check_answer', 'accept',
-           'main', 'make_runs', 'run_grid', 'question', 'measure', 'open_store', 'check_parameters', 'out_folder',
-           'published_folder']
+           'write_run', 'fill_here', 'metric_of', 'check_runs', 'table_with', 'check_run', 'code_behind',
+           'check_answer', 'accept', 'main', 'make_runs', 'run_grid', 'question', 'measure', 'open_store',
+           'check_parameters', 'out_folder', 'published_folder']
 
 # %% ../nbs/api/runs.ipynb #f1de13d9
 import argparse, ast, copy, hashlib, importlib, inspect, json, os, shutil, sys
@@ -658,14 +658,21 @@ def check_runs(
     return t[t.damaged.astype(bool) | t.changed.astype(bool)]
 
 # %% ../nbs/api/runs.ipynb #sp789676
+def table_with(
+    file: Path, *keys: str,
+) -> dict | None:   # None: it is damaged
+    "A JSON file that holds at least these keys."
+    try: kept = json.loads(file.read_text())
+    except ValueError: return None
+    return kept if isinstance(kept, dict) and {*keys} <= {*kept} else None
+
+# %% ../nbs/api/runs.ipynb #sp910255
 def check_run(
     folder: Path,  # of a run
 ) -> dict:         # damaged, changed: lists of names
     "What is wrong with one stored run."
-    try: kept = json.loads((folder / 'manifest.json').read_text())
-    except ValueError: kept = {}
-    if not {'files', 'code'} <= {*kept}:
-        return dict(damaged=['manifest.json'], changed=[])
+    kept = table_with(folder / 'manifest.json', 'files', 'code')
+    if kept is None: return dict(damaged=['manifest.json'], changed=[])
     good = lambda name, h: (folder / name).exists() and file_sha(folder / name) == h
     damaged = [name for name, h in kept['files'].items() if not good(name, h)]
     try: s = RunSpec.model_validate_json((folder / 'spec.json').read_text())
@@ -689,10 +696,8 @@ def check_answer(
     file: Path,  # of a metric or a question
 ) -> dict:       # damaged, changed: lists of names
     "What is wrong with one stored answer."
-    try: kept = json.loads(file.read_text())
-    except ValueError: kept = {}
-    if not {'made_by', 'code', 'value'} <= {*kept}:
-        return dict(damaged=[file.name], changed=[])
+    kept = table_with(file, 'made_by', 'code', 'value')
+    if kept is None: return dict(damaged=[file.name], changed=[])
     now = code_behind(kept['made_by'])
     return dict(damaged=[], changed=changed_code(kept['code'], now) if now else [])
 
@@ -831,8 +836,8 @@ def make_runs(
     judge: bool = True, # also compute what is declared as a metric
 ):
     "Make every run that is missing. Raises `StoreError` at the end: what failed."
-    for d, size in {(s.dataset, s.model.image_size) for s in specs}:
-        store.pixels(d, size)   # read, check and decode before any training
+    shown = {(s.dataset, s.model.image_size, s.model.antialias): s for s in specs}
+    for s in shown.values(): store.pixels_of(s)   # decoded before any training
     asked_of = {(s.dataset, s.n_forget, s.seed, s.sizes, s.number): s for s in specs}
     for s in asked_of.values(): store.request(s)
     failed, asked = [], 0
