@@ -29,7 +29,7 @@ evaluate: CHAPTERS = $(EVALUATION)
 evaluate:        ## the rest of the evaluation, on the runs of `make reproduce`: figures, attacks, ablations, robustness, similarity
 metastep: CHAPTERS = $(METASTEP)
 metastep:        ## our own method against the others, on the same runs; other worlds; and the ledger of claims
-published: CHAPTERS = 05_tables $(EVALUATION) $(METASTEP)
+published: CHAPTERS = 05_tables $(EVALUATION) $(METASTEP) 19_promises
 published: ARGS += -p full true -p out_dir figures/published/$(PRESET)
 published:       ## what is committed in figures/published/: all trainings and requests of the preset; a day or two, resumes after a stop
 PAPERMILL = $(BIN)/papermill --no-progress-bar -k python3
@@ -52,7 +52,7 @@ readme: $(READY) ## nbs/index.ipynb -> README.md
 	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=remove-input --output-dir . --output README.md nbs/index.ipynb
 
 API_FIRST = core ranks metrics readers portraits attacks oracles presets cluster runs intervals results tables experiments tuning audits probes questions
-DESK      = api/handlers api/photos api/kit api/rehearsal 14_prepare api/ledger api/reports 15_forget api/evidence api/aftermath api/inspection api/findings api/cli
+DESK      = api/handlers api/photos api/kit api/rehearsal 14_prepare api/ledger api/reports 15_forget api/evidence api/aftermath api/inspection api/findings api/cli 19_promises
 BOOK      = $(API_FIRST:%=api/%) 00_data_splits 01_vit_finetuning 02_baselines 03_metaunlearn 04_a100_training 05_tables $(EVALUATION) $(METASTEP) $(DESK) api/explore index
 notebooks: $(READY) ## execute all notebooks in place at their defaults, then clean them
 	@for n in $(BOOK); do \

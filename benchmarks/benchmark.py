@@ -18,16 +18,21 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from hypergradient import world
-from measure import Product, alternate, extra_memory, ratio
+from measure import Product, alternate, extra_memory, ratio, seconds
 from PIL import Image
+from sklearn.ensemble import RandomForestClassifier
 
-from oneshui.attacks import dominated
+from oneshui.attacks import dominated, finite_column, loss_mia
 from oneshui.data import Pixels, RoughPixels, make_faces, simulate_requests
 from oneshui.metaunlearn import hypergradient, hypergradient_oracle
-from oneshui.metrics import batch_score, mean_average_precision
-from oneshui.portraits import draw_person, draw_photo, render
+from oneshui.methods import input_covariance, input_rows, projected_layers
+from oneshui.metrics import Outputs, batch_score, mean_average_precision
+from oneshui.portraits import draw_person, draw_photo, render, write_portraits
+from oneshui.presets import load_preset
+from oneshui.runs import RunStore, run_grid
 from oneshui.scale import step_flops
-from oneshui.vit import TrainSpec, normalise, optimiser, scheduled, train_epoch
+from oneshui.vit import (TrainSpec, normalise, optimiser, predict, scheduled,
+                         train_epoch)
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = ROOT / 'figures/published/benchmark.json'
@@ -116,12 +121,88 @@ def attack(small, repeat):
     return dict(rmia_speedup=ratio(t['naive'], t['ours']))
 
 
-def from_chapter(notebook, name):
-    "A function that a chapter defines and does not export."
+class Noise:
+    "Images that a loop of batches can read."
+    def __init__(self, n, size, classes=40):
+        self.x = torch.randn(n, 3, size, size)
+        self.y = (torch.rand(n, classes) < .5).float()
+
+    def batches(self, batch_size, *how, **more):
+        return zip(self.x.split(batch_size), self.y.split(batch_size))
+
+
+def pgu(small, repeat):
+    "PGU's preparation: all layers in one pass, against chapter 02's layer by layer."
+    model = world(shape(small, 1))[0]
+    images = Noise(8 if small else 512, 32 if small else 64)
+    known = dict(torch=torch, input_rows=input_rows, projected_layers=projected_layers)
+    naive = from_chapter('02_baselines.ipynb', 'naive_covariance', **known)
+    forms = dict(ours=partial(input_covariance, model, images),
+                 naive=partial(naive, model, images))
+    C, expected = (f() for f in forms.values())
+    near = partial(torch.allclose, rtol=1e-3, atol=1e-2)
+    assert all(near(C[k], v) for k, v in expected.items())
+    t = alternate(forms, repeat)
+    return dict(pgu_speedup=ratio(t['naive'], t['ours']))
+
+
+def forest_by_forest(retain, val, forget, test):
+    "The loss attack's grid as it reads: six forests, each grown from nothing."
+    X, asked = (np.concatenate([*map(finite_column, two)])
+                for two in ((retain, val), (forget, test)))
+    member = np.repeat([1, 0], [len(retain), len(val)])
+    for criterion in ('gini', 'entropy'):
+        for trees in (20, 50, 100):
+            rf = RandomForestClassifier(trees, criterion=criterion, random_state=0,
+                                        oob_score=True).fit(X, member)
+            yield rf.predict_proba(asked)[:, 1]
+
+
+def evaluation(small, repeat):
+    "A run judged: one pass and three forests, against set by set and six forests."
+    model = world(shape(small, 1))[0]
+    sizes = dict(support=2, forget=100, retain=1000, val=200, test=300)
+    edges = np.cumsum([0, *sizes.values()]) // (10 if small else 1)
+    every = Noise(edges[-1], 32 if small else 64)
+    parts = {d: Noise(0, 1) for d in sizes}
+    for d, a, b in zip(sizes, edges, edges[1:]):
+        parts[d].x, parts[d].y = every.x[a:b], every.y[a:b]
+    parts['support'] = parts['forget']   # whose images are among them
+    def judged(logits, attack):
+        run = Outputs(logits, {d: p.y for d, p in parts.items()}, {})
+        found = attack(*(run.loss(d) for d in ('retain', 'val', 'forget', 'test')))
+        return run.scores, found if isinstance(found, dict) else list(found)
+    def ours():
+        z = predict(model, every)
+        by_set = {d: z[a:b] for d, a, b in zip(sizes, edges, edges[1:])}
+        return judged(by_set | dict(support=by_set['forget']), loss_mia)
+    def naive():
+        by_set = {d: predict(model, p) for d, p in parts.items()}
+        return judged(by_set, forest_by_forest)
+    (a, _), (b, _) = ours(), naive()
+    assert all(math.isclose(a[d], b[d], rel_tol=1e-3) for d in a)
+    t = alternate(dict(ours=ours, naive=naive), repeat)
+    return dict(eval_speedup=ratio(t['naive'], t['ours']))
+
+
+def reproduction(small, repeat):
+    "CPU seconds of a run, all told, where one request is put to every method."
+    p = load_preset('smoke' if small else 'mini').model_copy(update=dict(requests=1))
+    data = write_portraits(ROOT / 'data', **p.portraits)
+    methods = ['pretrain', 'neggrad'] if small else None   # None: all
+    with TemporaryDirectory() as folder:
+        store = RunStore(folder, data)
+        all_runs = partial(run_grid, store, p, ['mufac'], p.seeds[:1], methods, 1)
+        taken = seconds(all_runs)
+        runs = len(list(Path(folder).glob('*/manifest.json')))
+    return dict(reproduce_seconds_per_run=taken / runs)
+
+
+def from_chapter(notebook, name, **known):
+    "A function that a chapter defines and does not export; `known`: what it calls."
     cells = json.loads((ROOT / 'nbs' / notebook).read_text())['cells']
     source, = (s for s in (''.join(c['source']) for c in cells)
                if s.startswith(f'def {name}('))
-    known = {}
     exec(source.split('\n\n')[0], known)
     return known[name]
 
@@ -183,7 +264,8 @@ def loader(small, repeat):
 
 
 ROWS = dict(limits=limits, memory=memory, attack=attack, episodes=episodes,
-            scores=scores, loader=loader, large=large)
+            scores=scores, loader=loader, large=large, pgu=pgu, evaluation=evaluation,
+            reproduction=reproduction)
 
 
 def measured(names, small=False, repeat=5):

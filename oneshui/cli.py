@@ -4,23 +4,13 @@
 
 # %% auto #0
 __all__ = ['RATES_SAID', 'COMMANDS', 'setting', 'table', 'numbers', 'stated', 'about_images', 'prepare_options', 'do_prepare',
-           'forget_options', 'do_forget', 'show_options', 'do_show', 'audit_options', 'do_audit', 'parser', 'run',
-           'main']
+           'forget_options', 'do_forget', 'show_options', 'show_kit', 'do_show', 'audit_options', 'do_audit', 'parser',
+           'run', 'main']
 
 # %% ../nbs/api/cli.ipynb #e5a3a653
 import argparse, json, sys, warnings
 from pathlib import Path
 from .core import OneshuiError, PresetError
-from .desk import forget, letter
-from .findings import audit
-from .inspection import audit_asked
-from .kit import kit_sha, read_kit
-from .ledger import one_at_a_time, read_ledger
-from .methods import METHODS
-from .preparing import asked, prepare
-from .reports import limits
-from .rehearsal import summary
-from .runs import main as check_store
 
 # %% ../nbs/api/cli.ipynb #7652f623
 def setting(
@@ -112,6 +102,7 @@ def do_prepare(
     a: argparse.Namespace,
 ):
     "Write a kit."
+    from oneshui.preparing import asked, prepare
     given = dict(model=a.model, weights=a.weights, data=a.data, kit=a.kit,
                  method=a.method, init=a.init, options=table(a.options, '--options'),
                  preprocessing=stated(a), recipe=table(a.recipe, '--recipe'),
@@ -143,6 +134,7 @@ def do_forget(
     a: argparse.Namespace,
 ):
     "One request."
+    from oneshui.desk import forget, letter
     forget(letter(kit=a.kit, portraits=a.portraits, out=a.out, labels=a.label,
                   people=a.person, checks=a.check, weights=a.weights, again=a.again))
 
@@ -153,19 +145,32 @@ def show_options(
     "What `oneshui show` asks for."
     p.add_argument('kit', help='folder of a kit')
 
-def do_show(
-    a: argparse.Namespace,
+# %% ../nbs/api/cli.ipynb #sp809373
+def show_kit(
+    kit,   # as `read_kit` returns it
 ):
-    "A kit and its ledger; finishes what was interrupted, and checks every hash."
-    kit, _ = read_kit(a.kit)
-    folder = Path(a.kit).resolve()
-    with one_at_a_time(folder, print):
-        lines = read_ledger(folder / 'ledger.jsonl', kit_sha(folder))
+    "What a kit promises, for what, and what its rehearsal saw."
+    from oneshui.methods import METHODS
+    from oneshui.rehearsal import summary
     title = METHODS[kit.method].title
     print(kit.promise, f'{title} for {kit.model.name}, made {kit.made}; '
           f'{kit.data.images:,} images of {kit.data.people:,} people.',
           kit.size_line(), sep='\n')
     print(summary(kit.rehearsal.requests, title).round(3).to_string())
+
+# %% ../nbs/api/cli.ipynb #sp947746
+def do_show(
+    a: argparse.Namespace,
+):
+    "A kit and its ledger; finishes what was interrupted, and checks every hash."
+    from oneshui.kit import kit_sha, read_kit
+    from oneshui.ledger import one_at_a_time, read_ledger
+    from oneshui.reports import limits
+    kit, _ = read_kit(a.kit)
+    folder = Path(a.kit).resolve()
+    with one_at_a_time(folder, print):
+        lines = read_ledger(folder / 'ledger.jsonl', kit_sha(folder))
+    show_kit(kit)
     for x in lines:
         print(f'{x.number}  {x.when}  step {100 * x.moved:.3f} %  {x.after[:12]}  '
               + '; '.join(x.notes))
@@ -207,6 +212,8 @@ def do_audit(
     a: argparse.Namespace,
 ):
     "Write a report on a model before and after."
+    from oneshui.findings import audit
+    from oneshui.inspection import audit_asked
     same = 'model weights after data out retrain references forgotten pair kit'.split()
     given = {k: getattr(a, k) for k in same}
     commas = lambda text: [x.strip() for x in text.split(',') if x.strip()]
@@ -242,7 +249,9 @@ def run(
     argv: list,   # without the name of the program
 ) -> int:         # 0, or 1 after a message
     "One command; what goes wrong is said in one message on stderr."
-    if argv[:1] == ['runs']: return check_store(argv)
+    if argv[:1] == ['runs']:
+        from oneshui.runs import main as check_store
+        return check_store(argv)
     a = parser().parse_args(argv)
     warnings.filterwarnings('ignore', category=FutureWarning)
     try: a.do(a)

@@ -276,7 +276,8 @@ def check_parameters(
         raise PresetError(f'seeds = {seeds}: give at least one, none negative.')
     check_data_dir(p, preset)
     full = dict(datasets=datasets, focus=focus, seeds=seeds)
-    return p.model_copy(update=full), preset.model_copy(update=dict(asked=few.requests))
+    some = dict(asked=preset.asked if few is preset else few.requests)
+    return p.model_copy(update=full), preset.model_copy(update=some)
 
 # %% ../nbs/api/presets.ipynb #73b1cf68
 def published_folder(

@@ -23,7 +23,8 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 from threadpoolctl import threadpool_limits
 
-import oneshui.cli  # noqa: F401
+import oneshui.desk  # noqa: F401
+import oneshui.findings  # noqa: F401
 import oneshui.tables  # noqa: F401
 
 _starting = threading.Lock()   # two threads would put back each other's environment
