@@ -11,6 +11,7 @@ import datetime, time
 from collections.abc import Callable
 from pathlib import Path
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from .core import DataError, NumbersError, PresetError, Spec, file_sha
@@ -284,7 +285,8 @@ def write_all(
                for k, v in θ_u.net.state_dict().items()}
     svg = picture(kit, line.moved, line.path)
     def weights(part):
-        save_file(tensors, part)
+        try: save_file(tensors, part)
+        except SafetensorError as e: raise OSError(f'{part}: {e}') from e   # disk full
         report['after'] = file_sha(part)
     def ledger(part):
         new = signed(line.model_copy(update=dict(

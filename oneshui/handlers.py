@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['LIBRARIES', 'CONVERT', 'WRAPPERS', 'Preprocessing', 'preprocessing', 'from_timm', 'from_torchvision',
-           'from_transformers', 'from_function', 'build', 'check_weights', 'read_weights', 'renamed', 'fill',
-           'last_linear', 'outputs_in', 'Classifier', 'find_head', 'check_answer', 'checked', 'ModelSource',
-           'open_model']
+           'from_transformers', 'beside', 'from_function', 'build', 'check_weights', 'read_weights', 'renamed', 'fill',
+           'last_linear', 'outputs_in', 'logits_in', 'fed', 'Classifier', 'find_head', 'check_answer', 'checked',
+           'ModelSource', 'from_anywhere', 'open_model']
 
 # %% ../nbs/api/handlers.ipynb #1c46ba50
-import difflib, importlib, importlib.util, json, math
+import difflib, importlib, importlib.util, json, math, sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 import numpy as np, timm, torch
@@ -38,6 +39,8 @@ class Preprocessing(Spec):
         if len(self.mean) not in (1, 3) or len(self.mean) != len(self.std):
             raise ValueError('mean and std are one number each, or three')
         if min(self.std) <= 0: raise ValueError('std is above 0')
+        if max(self.mean) > 1:
+            raise ValueError('mean is of pixels from 0 to 1: divide by 255, std too')
         if min(self.size) < 1: raise ValueError('size is above 0')
         edge = self.resize if isinstance(self.resize, int) else min(self.resize or [0])
         if edge and edge < min(self.size): raise ValueError('resize is below size')
@@ -97,6 +100,7 @@ def from_timm(
     classes = {} if outputs is None else dict(num_classes=outputs)
     net = timm.create_model(name, pretrained=False, **classes | options)
     c = timm.data.resolve_model_data_config(net)
+    if options.get('in_chans') == 1: c |= dict(mean=c['mean'][:1], std=c['std'][:1])
     edges = c['input_size'][1:]
     resize = [math.floor(e / c['crop_pct']) for e in edges]
     if c.get('crop_mode') != 'squash': resize = min(resize)
@@ -137,9 +141,15 @@ def from_transformers(
                           'pip install "oneshui[transformers]".') from e
     c = AutoConfig.from_pretrained(folder, local_files_only=True)
     net = AutoModelForImageClassification.from_config(c)
-    names = [c.id2label[k] for k in sorted(c.id2label)]
+    names = [str(c.id2label[k]) for k in sorted(c.id2label)]
     if names == [f'LABEL_{k}' for k in range(len(names))]: names = None   # generic
     return net, _processor(Path(folder)), names
+
+# %% ../nbs/api/handlers.ipynb #s9483388
+def _share_cut(edge, share):
+    # ConvNeXt's way: resized to edge / share and cut; large ones are pressed into shape
+    edge = edge if isinstance(edge, int) else min(edge)
+    return (edge, None) if edge >= 384 else (int(edge / share), edge)
 
 # %% ../nbs/api/handlers.ipynb #087d8d36
 def _processor(folder):
@@ -147,17 +157,34 @@ def _processor(folder):
     f = folder / 'preprocessor_config.json'
     if not f.is_file(): return None
     c = json.loads(f.read_text())
-    both = lambda s: (s, s) if isinstance(s, int) else (s['height'], s['width'])
-    size, cut = c.get('size', 224), c.get('do_center_crop') and c.get('crop_size')
-    resize = both(size) if 'shortest_edge' not in str(size) else size['shortest_edge']
-    if not cut and isinstance(resize, int): size = (resize, resize)
-    else: size = both(cut) if cut else resize
-    kind = {0: 'nearest', 1: 'lanczos', 2: 'bilinear', 3: 'bicubic'}
     plain = dict(mean=(0., 0., 0.), std=(1., 1., 1.))
     scaled = plain if c.get('do_normalize') is False else dict(
         mean=c.get('image_mean', (.5,) * 3), std=c.get('image_std', (.5,) * 3))
+    try: return scaled | _resized(c)
+    except (KeyError, TypeError): return scaled   # some other way: the user has to say
+
+def _resized(c):
+    # size, resize and interpolation of a processor's table
+    both = lambda s: (s, s) if isinstance(s, int) else (s['height'], s['width'])
+    size, cut = c.get('size', 224), c.get('do_center_crop') and c.get('crop_size')
+    resize = both(size) if 'shortest_edge' not in str(size) else size['shortest_edge']
+    if share := c.get('crop_pct'): resize, cut = _share_cut(resize, share)
+    if not cut and isinstance(resize, int): size = (resize, resize)
+    else: size = both(cut) if cut else resize
+    kind = {0: 'nearest', 1: 'lanczos', 2: 'bilinear', 3: 'bicubic'}
     return dict(size=size, resize=resize if cut else None,
-                interpolation=kind[c.get('resample', 2)], **scaled)
+                interpolation=kind[c.get('resample', 2)])
+
+# %% ../nbs/api/handlers.ipynb #s9081126
+@contextmanager
+def beside(
+    file: str,   # a .py file
+):
+    "Its neighbours can be imported, as when Python runs it."
+    folder = str(Path(file).resolve().parent)
+    sys.path.insert(0, folder)
+    try: yield
+    finally: sys.path.remove(folder)
 
 # %% ../nbs/api/handlers.ipynb #b44be7e4
 def from_function(
@@ -171,7 +198,7 @@ def from_function(
         else:
             spec = importlib.util.spec_from_file_location(Path(module).stem, module)
             m = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(m)
+            with beside(module): spec.loader.exec_module(m)
         net = getattr(m, function)(**options)
     except Exception as e:   # code of the user: whatever it raises, say where
         raise PresetError(f'{name}: cannot be called ({type(e).__name__}: {e}). Name '
@@ -246,7 +273,8 @@ def renamed(
     net: nn.Module, tensors: dict,
 ) -> dict:   # the same tensors
     "By the names of today's transformers, whose files keep those of former versions."
-    if not hasattr(net, 'save_pretrained') or {*tensors} == {*net.state_dict()}:
+    theirs = hasattr(net, 'save_pretrained') and hasattr(net, 'config')
+    if not theirs or {*tensors} == {*net.state_dict()}:
         return tensors
     same, found = type(net).from_pretrained(None, config=net.config, state_dict=tensors,
                                             output_loading_info=True)
@@ -273,7 +301,9 @@ def fill(
         raise PresetError(f'{path}: does not fit {name}; {len(wrong)} tensors differ: '
                           f'{"; ".join(wrong[:3])}. Name the model and the options '
                           'that it was trained with.')
-    bad = [k for k, v in tensors.items() if not torch.isfinite(v.float()).all()]
+    masks = {k for k, _ in net.named_buffers()}   # those may hold -inf
+    bad = [k for k, v in tensors.items()
+           if k not in masks and not torch.isfinite(v.float()).all()]
     if bad: raise PresetError(f'{path}: {bad[0]} holds NaN or infinity. Restore it.')
     net.load_state_dict(tensors, strict=False)
 
@@ -281,9 +311,11 @@ def fill(
 def last_linear(
     net: nn.Module,
 ) -> str | None:   # name of the module
-    "The linear layer that stands last."
-    linear = [k for k, m in net.named_modules() if isinstance(m, nn.Linear)]
-    return linear[-1] if linear else None
+    "The linear layer that stands last, or one of 1 × 1; timm says which it is."
+    if said := getattr(net, 'pretrained_cfg', {}).get('classifier'):
+        return said if isinstance(said, str) else said[0]
+    of_kind = lambda kind: [k for k, m in net.named_modules() if isinstance(m, kind)]
+    return next(iter((of_kind(nn.Linear) or of_kind(nn.Conv2d))[::-1]), None)
 
 def outputs_in(
     tensors: dict,   # of a weights file
@@ -291,9 +323,27 @@ def outputs_in(
 ) -> int | None:     # None: it cannot be told
     "How many outputs the model in a file has."
     if name.partition(':')[0] not in ('timm', 'torchvision'): return None
-    with torch.device('meta'): net = build(name, options)[0]
+    try:
+        with torch.device('meta'): net = build(name, options)[0]
+    except PresetError: net = build(name, options)[0]   # some draw their weights anew
     w = tensors.get(f'{last_linear(net)}.weight')
     return None if w is None else len(w)
+
+# %% ../nbs/api/handlers.ipynb #s9533242
+def logits_in(
+    out,   # what a network answers: a tensor, .logits, ['logits'], or a tuple of it
+) -> torch.Tensor | None:   # None: there are none
+    "A tuple's first is taken: what comes after are auxiliary heads, hidden states."
+    if isinstance(out, torch.Tensor): return out
+    if (found := getattr(out, 'logits', None)) is not None: return found
+    if isinstance(out, dict): return out.get('logits')
+    if isinstance(out, (tuple, list)) and out: return logits_in(out[0])
+
+def fed(
+    args: tuple, named: dict,   # of a call
+) -> torch.Tensor:
+    "What a layer was called with, by place or by name."
+    return args[0] if args else next(iter(named.values()))
 
 # %% ../nbs/api/handlers.ipynb #6e4354f8
 class Classifier(nn.Module):
@@ -305,15 +355,15 @@ class Classifier(nn.Module):
         super().__init__(); self.net, self.head = net, head
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:   # images -> logits [n, c]
-        out = self.net(x)
-        return out if isinstance(out, torch.Tensor) else out.logits
+        return logits_in(self.net(x))
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:   # [n, c + d]
         "Logits and features, side by side."
         if self.head is None: return self(x)
         seen = []
+        keep = lambda m, args, named: seen.append(fed(args, named))
         hook = self.net.get_submodule(self.head).register_forward_pre_hook(
-            lambda m, args: seen.append(args[0]))
+            keep, with_kwargs=True)
         try: logits = self(x)
         finally: hook.remove()
         self.outputs = logits.shape[1]
@@ -333,8 +383,9 @@ def find_head(
 ) -> str | None:
     "The last linear layer that ran and has so many outputs."
     ran = []
-    watch = lambda k: lambda m, args, out: ran.append((k, args[0]))
-    hooks = [m.register_forward_hook(watch(k)) for k, m in net.named_modules()
+    watch = lambda k: lambda m, args, named, out: ran.append((k, fed(args, named)))
+    hooks = [m.register_forward_hook(watch(k), with_kwargs=True)
+             for k, m in net.named_modules()
              if isinstance(m, nn.Linear) and m.out_features == outputs]
     try: net(x)
     finally:
@@ -347,11 +398,14 @@ def check_answer(
     name: str,   # of the model, for messages
 ) -> torch.Tensor:   # logits [2, c]
     "Raise `PresetError` unless these are finite logits."
-    out = out if isinstance(out, torch.Tensor) else getattr(out, 'logits', None)
+    out = logits_in(out)
     if out is None or out.ndim != 2 or len(out) != 2:
         said = 'no tensor' if out is None else f'a tensor {list(out.shape)}'
         raise PresetError(f'{name}: answers two images with {said}; expected logits '
                           '[2, classes], or an output with .logits.')
+    if out.shape[1] > 1 and (out >= 0).all() and (out.sum(1) - 1).abs().max() < 1e-4:
+        raise PresetError(f'{name}: answers with probabilities that add up to 1, and '
+                          'logits are wanted. Leave out its softmax.')
     if torch.isfinite(out).all(): return out
     raise PresetError(f'{name}: the logits of a grey image are not finite. Are these '
                       'the right weights?')
@@ -393,6 +447,15 @@ class ModelSource(Spec):
         model = checked(net, self.preprocessing, self.name)
         return model.requires_grad_(True).to(default_device()).eval()
 
+# %% ../nbs/api/handlers.ipynb #s9829118
+def from_anywhere(
+    name: str,   # of a model
+) -> str:
+    "The same, its folder or file as a full path: a year later one stands elsewhere."
+    library, _, what = name.rpartition(':') if '.py:' in name else name.partition(':')
+    if library == 'transformers' and what: return f'{library}:{Path(what).resolve()}'
+    return f'{Path(library).resolve()}:{what}' if library.endswith('.py') else name
+
 # %% ../nbs/api/handlers.ipynb #21128c63
 def open_model(
     name: str,                     # of the network
@@ -401,6 +464,7 @@ def open_model(
     stated: dict | None = None,    # preprocessing that the user states
 ) -> tuple:                        # ModelSource, Classifier, classes or None, path
     "Name, weights and preprocessing of a model, checked. Raises `PresetError`."
+    name = from_anywhere(name)
     if weights is None and name.startswith('transformers:'):
         weights = name.partition(':')[2]
     if weights is None: raise PresetError(f'{name}: no weights. Say --weights FILE.')

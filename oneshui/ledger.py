@@ -7,7 +7,7 @@ __all__ = ['OPEN', 'DONE', 'Line', 'line_hash', 'signed', 'salted', 'read_ledger
            'appear_together', 'one_at_a_time']
 
 # %% ../nbs/api/ledger.ipynb #cebfe228
-import hashlib, json, os
+import hashlib, json, os, unicodedata
 from contextlib import contextmanager
 from pathlib import Path
 from filelock import FileLock, Timeout
@@ -50,7 +50,8 @@ def salted(
     name: str, salt: str,
 ) -> str:   # 16 hex digits
     "A name that only somebody with the kit can compare, and nobody can read."
-    return hashlib.sha256(f'{salt} {name.strip().lower()}'.encode()).hexdigest()[:16]
+    same = unicodedata.normalize('NFKC', name).strip().casefold()   # one way for é
+    return hashlib.sha256(f'{salt} {same}'.encode()).hexdigest()[:16]
 
 # %% ../nbs/api/ledger.ipynb #b58cb517
 def read_ledger(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Few', 'Seed', 'METASTEP', 'RETRAIN', 'AGAIN', 'ASSUMED', 'UNLABELLED', 'CROWD', 'Asked', 'asked', 'settings',
-           'recipe', 'open_bench', 'answered', 'few_people', 'statistics', 'seconds_needed', 'quickest',
-           'in_words_of_time', 'with_state', 'learn', 'arms_of', 'train_anew', 'against_retrain', 'retrained',
-           'opening', 'prepare', 'rehearsed', 'about', 'office_table', 'office', 'train_office']
+           'recipe', 'check_chooser', 'open_bench', 'answered', 'few_people', 'statistics', 'seconds_needed',
+           'quickest', 'in_words_of_time', 'with_state', 'learn', 'arms_of', 'train_anew', 'against_retrain',
+           'retrained', 'opening', 'prepare', 'rounded', 'rehearsed', 'about', 'office_table', 'office', 'train_office']
 
 # %% ../nbs/14_prepare.ipynb #9c9213df
 import os, time
@@ -18,7 +18,7 @@ from filelock import FileLock
 from pydantic import Field, ValidationError
 from safetensors.torch import save_file
 from torch import nn
-from .core import PresetError, Spec, device_of, file_sha, project_root
+from .core import DataError, PresetError, Spec, device_of, file_sha, project_root
 from .data import Faces, Pixels, make_request, portrait
 from .handlers import build, fill, open_model, read_weights
 from .kit import (DataCard, Kit, Reference, Rehearsed, check_place, features_of,
@@ -35,7 +35,7 @@ from .rehearsal import (NOTHING, ONE, OWN, Bench, Play, draw_plays, in_turn,
 from .vit import ImageSet, TrainSpec, create_model, fit, predict
 
 # %% ../nbs/14_prepare.ipynb #751801d2
-Few, Seed = Annotated[int, Field(ge=1)], Annotated[int, Field(ge=0)]
+Few, Seed = Annotated[int, Field(ge=1)], Annotated[int, Field(ge=0, lt=2**31)]
 
 class Asked(Spec):
     "What somebody wants to be ready for."
@@ -95,6 +95,16 @@ def recipe(
         raise PresetError(f'recipe: {"; ".join(map(in_words, e.errors()))}. Valid: '
                           f'{", ".join(TrainSpec.model_fields)}.') from e
 
+# %% ../nbs/14_prepare.ipynb #s9099470
+def check_chooser(
+    faces: Faces, val: np.ndarray,   # rows of val
+):
+    "Raise `DataError` where no image has any attribute: no score chooses an epoch."
+    if faces.task == 'multilabel' and not (faces.targets[val] > 0).any():
+        raise DataError(f'{faces.name}: no image of val has any of the attributes, so '
+                        'that no score can choose the epoch of a retraining. Move '
+                        'people who have some to val, or leave --retrain out.')
+
 # %% ../nbs/14_prepare.ipynb #0bfe5878
 def open_bench(
     a: Asked,
@@ -110,6 +120,7 @@ def open_bench(
     draw_plays(people, 2, a.people, a.seed)
     photos = Photos(people.faces, source.preprocessing)
     if people.own_labels: people = answered(people, photos, model)
+    if a.retrain: check_chooser(people.faces, people.rows('val'))
     return Bench(people, photos, model, {}, a.sample), source, path
 
 # %% ../nbs/14_prepare.ipynb #2379c6d6
@@ -318,6 +329,13 @@ def prepare(
     say(kit.size_line())
     return kit
 
+# %% ../nbs/14_prepare.ipynb #s9000281
+def rounded(
+    x,   # a number, or anything else
+):
+    "Six digits that count: a step of a ten-millionth is not nothing."
+    return float(f'{x:.6g}') if isinstance(x, float) else x
+
 # %% ../nbs/14_prepare.ipynb #981fd7c3
 def rehearsed(
     a: Asked, bench: Bench, rows: np.ndarray, state: dict,
@@ -329,7 +347,7 @@ def rehearsed(
     turns = in_turn(bench, plays[:a.turns], arms[title])
     again = [retrained(a, bench, p, arms[title]) for p in plays[:a.retrain]]
     held = len(bench.people.rows('portrait'))
-    plain = lambda t: t.round(6).to_dict('records')
+    plain = lambda t: t.map(rounded).to_dict('records')
     return Rehearsed(portraits='held out' if held else 'trained on', people=a.people,
                      requests=plain(t), in_turn=plain(turns), retrained=again,
                      seed=a.seed), promise(t, title)
