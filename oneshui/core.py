@@ -160,11 +160,14 @@ def whole_folder(
     folder: str | Path,  # not there yet, or empty
 ):                       # yields the folder to write into
     "A folder that appears when all of it is written, or not at all."
-    folder = Path(folder)
+    folder = Path(folder).absolute()
     part = folder.with_name(f'.{folder.name}.{os.getpid()}.part')
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    yield part
+    try: yield part
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
     if folder.exists(): folder.rmdir()
     os.replace(part, folder)
 
@@ -178,6 +181,9 @@ def free_place(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f'{folder}: exists already. Name another folder with {option}; '
                         f'{why}.')
+    if folder.absolute() == Path.cwd():
+        raise DataError(f'{folder}: is the folder that one stands in, and it appears '
+                        f'as a whole. Name one inside it with {option}.')
     above = (folder.absolute(), *folder.absolute().parents)
     there = next(p for p in above if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):

@@ -7,7 +7,7 @@ __all__ = ['FAR', 'Letter', 'letter', 'read_label', 'support_of', 'current', 'ta
            'unlike', 'step', 'forget', 'as_checks', 'new_line', 'facts', 'of_the_kit', 'write_all', 'in_short']
 
 # %% ../nbs/15_forget.ipynb #867ec482
-import datetime, time
+import datetime, os, time
 from collections.abc import Callable
 from pathlib import Path
 import torch
@@ -58,7 +58,9 @@ def read_label(
     text: str, kit: Kit,
 ) -> torch.Tensor:   # float [c], or int64 scalar
     "Raises `PresetError` naming what is not a class of this model."
-    names = [t.strip() for t in text.split(',') if t.strip()]
+    whole = text.strip() in kit.classes   # a name may hold a comma
+    parts = [text] if whole else text.split(',')
+    names = [t.strip() for t in parts if t.strip()]
     if kit.task == 'multilabel':
         if text.strip() == 'none': names = []
         unknown = [n for n in names if n not in kit.classes]
@@ -114,6 +116,8 @@ def targets_of(
     if not out.parent.is_dir():
         raise DataError(f'{out.parent}: no such folder. Make it first.')
     three = [out, out.with_suffix('.report.json'), out.with_suffix('.report.html')]
+    if len(os.fsencode(out.name)) > 200:
+        raise DataError(f'{a.out}: the name is too long for the files beside it.')
     for t in three:
         if t.exists():
             raise DataError(f'{t}: exists already. Name another file with --out; '

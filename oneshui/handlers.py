@@ -42,8 +42,8 @@ class Preprocessing(Spec):
         if max(self.mean) > 1:
             raise ValueError('mean is of pixels from 0 to 1: divide by 255, std too')
         if min(self.size) < 1: raise ValueError('size is above 0')
-        edge = self.resize if isinstance(self.resize, int) else min(self.resize or [0])
-        if edge and edge < min(self.size): raise ValueError('resize is below size')
+        edges = np.broadcast_to(self.resize or self.size, 2)
+        if (edges < self.size).any(): raise ValueError('resize is below size')
         return self
 
 # %% ../nbs/api/handlers.ipynb #a071655d
@@ -75,15 +75,20 @@ def preprocessing(
     stated: dict,        # what the user says
 ) -> Preprocessing:
     "Both together. Raises `PresetError` naming what is missing or out of bounds."
-    both = {**(found or {}), **stated}
+    found = found if isinstance(found, dict) else {}   # transforms say nothing here
+    both = {**found, **stated}
+    if len(found.get('mean', ())) == 1:   # grey: of three equal numbers the first
+        both |= {k: both[k][:1] for k in ('mean', 'std')}
     if 'size' not in both:
         raise PresetError('preprocessing: the model does not say how it wants its '
                           'images. State size, mean and std (--size 224 --mean 0.5 '
                           '--std 0.5).')
     if isinstance(both['size'], int): both['size'] = (both['size'],) * 2
-    if found and 'size' in stated and 'resize' not in stated and found.get('resize'):
+    scaled = 'size' in stated and 'resize' not in stated and found.get('resize')
+    if scaled and 'size' in found:
         size = read_as(Preprocessing, both | dict(resize=None), 'preprocessing').size
-        factor = size[0] / found['size'][0]
+        before = np.broadcast_to(found['size'], 2)
+        factor = max(np.divide(size, before))   # no edge is left black
         both['resize'] = math.floor(np.min(found['resize']) * factor)
     return read_as(Preprocessing, both, 'preprocessing')
 
@@ -194,10 +199,11 @@ def from_function(
     "Whatever a function of the user returns. Raises `PresetError`."
     name = f'{module}:{function}'
     try:
-        if not module.endswith('.py'): m = importlib.import_module(module)
+        if not module.endswith('.py'):
+            with beside('a file here'): m = importlib.import_module(module)
         else:
             spec = importlib.util.spec_from_file_location(Path(module).stem, module)
-            m = importlib.util.module_from_spec(spec)
+            m = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
             with beside(module): spec.loader.exec_module(m)
         net = getattr(m, function)(**options)
     except Exception as e:   # code of the user: whatever it raises, say where
@@ -206,7 +212,9 @@ def from_function(
                           'returns an nn.Module.') from e
     if not isinstance(net, nn.Module):
         raise PresetError(f'{name}: returned {type(net).__name__}, no nn.Module.')
-    return net, getattr(net, 'preprocessing', None), getattr(net, 'classes', None)
+    classes = getattr(net, 'classes', None)
+    names = [*map(str, classes)] if np.iterable(classes) else None
+    return net, getattr(net, 'preprocessing', None), names
 
 # %% ../nbs/api/handlers.ipynb #09b91fc0
 LIBRARIES = dict(timm=from_timm, torchvision=from_torchvision,
@@ -303,7 +311,7 @@ def fill(
                           'that it was trained with.')
     masks = {k for k, _ in net.named_buffers()}   # those may hold -inf
     bad = [k for k, v in tensors.items()
-           if k not in masks and not torch.isfinite(v.float()).all()]
+           if (v != v).any() or (v.abs() == torch.inf).any() and k not in masks]
     if bad: raise PresetError(f'{path}: {bad[0]} holds NaN or infinity. Restore it.')
     net.load_state_dict(tensors, strict=False)
 

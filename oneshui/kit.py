@@ -78,7 +78,7 @@ class Reference(Spec):
     loss: dict[str, list[float]]
     margin: dict[str, list[float]]
     untypical: dict[str, list[float]]
-    score: dict[str, float]   # accuracy or mAP, 0…100
+    score: dict[str, float | None]   # accuracy or mAP, 0…100; None: there is none
 
 class Rehearsed(Spec):
     "Requests that were played while the data was there; nobody's name, only numbers."
@@ -162,6 +162,7 @@ def write_kit(
         text = len(kit.model_dump_json(indent=1).encode())
         kit.sizes['this kit'] = text + os.path.getsize(tensors)
         (part / 'kit.json').write_text(kit.model_dump_json(indent=1))
+        read_kit(part)   # what cannot be read is not handed out
     return kit
 
 # %% ../nbs/api/kit.ipynb #94b4dbc4

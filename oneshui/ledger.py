@@ -8,7 +8,7 @@ __all__ = ['OPEN', 'DONE', 'Line', 'line_hash', 'signed', 'salted', 'read_ledger
 
 # %% ../nbs/api/ledger.ipynb #cebfe228
 import hashlib, json, os, unicodedata
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
@@ -109,7 +109,8 @@ def recover(
     if begun.exists():
         try: targets = json.loads(begun.read_text())
         except ValueError: targets = []   # killed while it was written: no part yet
-        for t in map(Path, targets): part_of(t).unlink(missing_ok=True)
+        for t in map(Path, targets):
+            with suppress(OSError): part_of(t).unlink(missing_ok=True)
         begun.unlink()
 
 # %% ../nbs/api/ledger.ipynb #59579587

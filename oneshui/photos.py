@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SPLITS', 'IMAGES', 'MOST_PIXELS', 'SMALLEST', 'WIDEST', 'read_table', 'assumed_split', 'demand', 'check_rows',
            'check_people', 'read_targets', 'check_count', 'attributes', 'refuse_recogniser', 'read_folder', 'People',
-           'read_people', 'Photo', 'read_photo', 'check_shape', 'photo_hash', 'Photos', 'PhotoSet', 'as_support']
+           'read_people', 'Photo', 'read_photo', 'check_shape', 'photo_hash', 'Photos', 'in_batches', 'PhotoSet',
+           'as_support']
 
 # %% ../nbs/api/photos.ipynb #b53930be
 import hashlib, io
@@ -115,7 +116,7 @@ def read_targets(
     outputs: int,          # of the model
 ) -> tuple:                # targets, task, classes
     "Targets as the model's outputs. Raises `DataError`."
-    if len(t.columns) > 1: return attributes(t, file, classes, outputs)
+    if len(t.columns) > 1 or outputs == 1: return attributes(t, file, classes, outputs)
     name, numbers = t.columns[0], t.iloc[:, 0].str.fullmatch(r'\d+')
     if classes is None and not numbers.all():
         some = ', '.join(sorted(set(t[name]))[:5])
@@ -336,6 +337,16 @@ def decoded(self: Photos) -> np.ndarray:   # uint8 [n, c, h, w]
     raise DataError(f'{len(bad)} image(s) cannot be decoded. First: '
                     + '\n  '.join(bad[:5]))
 
+# %% ../nbs/api/photos.ipynb #s9068987
+def in_batches(
+    order: torch.Tensor,   # int64 [n]
+    batch_size: int,
+) -> list:
+    "None of a single image unless there is but one: batch norm cannot train on it."
+    parts = list(order.split(batch_size))
+    if len(parts) > 1 and len(parts[-1]) == 1: parts[-2:] = [torch.cat(parts[-2:])]
+    return parts
+
 # %% ../nbs/api/photos.ipynb #4e380e77
 class PhotoSet(ImageSet):
     "Rows of a table, with the preprocessing of a user's model."
@@ -358,7 +369,7 @@ class PhotoSet(ImageSet):
         change, size = v2.RandomHorizontalFlip(), self.pixels.prep.size
         if augment and augment < 1:
             change = v2.Compose([v2.RandomResizedCrop(size, (augment, 1)), change])
-        for rows in order.split(batch_size):
+        for rows in in_batches(order, batch_size):
             x = self.pixels.batch(self.idx[rows.numpy()])
             if augment: x = torch.stack([change(one) for one in x])
             y = self.y[rows].to(device)

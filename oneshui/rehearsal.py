@@ -198,7 +198,7 @@ def covered(
     "What the rehearsal covers."
     good = [(0, 0.)]
     for t in turns:
-        if t['nearness'] < t['nothing'] - .05: break
+        if t['nearness'] is None or not t['nearness'] >= t['nothing'] - .05: break
         good.append((t['request'], t['path']))
     return good[-1]
 
