@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LIBRARIES', 'CONVERT', 'WRAPPERS', 'Preprocessing', 'preprocessing', 'from_timm', 'from_torchvision',
-           'from_transformers', 'beside', 'from_function', 'build', 'check_weights', 'read_weights', 'renamed', 'fill',
-           'last_linear', 'outputs_in', 'logits_in', 'fed', 'Classifier', 'find_head', 'check_answer', 'checked',
-           'ModelSource', 'from_anywhere', 'open_model']
+           'from_transformers', 'parts_of', 'beside', 'from_function', 'build', 'check_weights', 'read_weights',
+           'renamed', 'fill', 'last_linear', 'outputs_in', 'logits_in', 'fed', 'Classifier', 'find_head',
+           'check_answer', 'checked', 'ModelSource', 'from_anywhere', 'open_model']
 
 # %% ../nbs/api/handlers.ipynb #1c46ba50
 import difflib, importlib, importlib.util, json, math, sys
@@ -180,16 +180,23 @@ def _resized(c):
     return dict(size=size, resize=resize if cut else None,
                 interpolation=kind[c.get('resample', 2)])
 
+# %% ../nbs/api/handlers.ipynb #s9560858
+def parts_of(
+    name: str,   # of a model
+) -> tuple:      # library, module or file; what it is called there
+    "What stands before and behind the colon."
+    split = name.rpartition if '.py:' in name else name.partition
+    return split(':')[::2]
+
 # %% ../nbs/api/handlers.ipynb #s9081126
 @contextmanager
 def beside(
-    file: str,   # a .py file
+    folder: Path,
 ):
-    "Its neighbours can be imported, as when Python runs it."
-    folder = str(Path(file).resolve().parent)
-    sys.path.insert(0, folder)
+    "What lies there can be imported, as when Python runs a file there."
+    sys.path.insert(0, str(folder))
     try: yield
-    finally: sys.path.remove(folder)
+    finally: sys.path.remove(str(folder))
 
 # %% ../nbs/api/handlers.ipynb #b44be7e4
 def from_function(
@@ -200,11 +207,11 @@ def from_function(
     name = f'{module}:{function}'
     try:
         if not module.endswith('.py'):
-            with beside('a file here'): m = importlib.import_module(module)
+            with beside(Path.cwd()): m = importlib.import_module(module)
         else:
             spec = importlib.util.spec_from_file_location(Path(module).stem, module)
             m = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-            with beside(module): spec.loader.exec_module(m)
+            with beside(Path(module).resolve().parent): spec.loader.exec_module(m)
         net = getattr(m, function)(**options)
     except Exception as e:   # code of the user: whatever it raises, say where
         raise PresetError(f'{name}: cannot be called ({type(e).__name__}: {e}). Name '
@@ -226,7 +233,7 @@ def build(
     outputs: int | None = None,   # None: what the library has
 ) -> tuple:                       # network, preprocessing or None, classes or None
     "A network without weights. Raises `PresetError`."
-    library, _, what = name.rpartition(':') if '.py:' in name else name.partition(':')
+    library, what = parts_of(name)
     if not library or not what:
         raise PresetError(f'model "{name}": a model is named timm:NAME, '
                           'torchvision:NAME, transformers:FOLDER, module:function or '
@@ -460,7 +467,7 @@ def from_anywhere(
     name: str,   # of a model
 ) -> str:
     "The same, its folder or file as a full path: a year later one stands elsewhere."
-    library, _, what = name.rpartition(':') if '.py:' in name else name.partition(':')
+    library, what = parts_of(name)
     if library == 'transformers' and what: return f'{library}:{Path(what).resolve()}'
     return f'{Path(library).resolve()}:{what}' if library.endswith('.py') else name
 
