@@ -11,11 +11,9 @@ import datetime, os, time
 from collections.abc import Callable
 from pathlib import Path
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
 from .core import DataError, NumbersError, PresetError, Spec, file_sha
-from .handlers import check_weights
+from .handlers import check_weights, from_anywhere, write_weights
 from .kit import Kit, features_of, kit_sha, read_kit, untypical
 from .ledger import (Line, appear_together, one_at_a_time, read_ledger, salted,
                             signed)
@@ -39,6 +37,7 @@ class Letter(Spec):
     people: list[str] = []     # names or numbers, to be noticed again; only hashes stay
     checks: list[str] = []     # more images that are looked at before and after
     weights: str | None = None # where the last model lies, if it was moved
+    model: str | None = None   # as for prepare, if its folder or file was moved
     again: bool = False        # although this person has asked before
 
 def letter(
@@ -189,9 +188,13 @@ def step(
     "What the method of the kit does. Raises `NumbersError`."
     own = {k[6:]: v for k, v in state.items() if k.startswith('state.')}
     θ_u = with_state(kit.method, own, kit.hyper, kit.rehearsal.seed)(model, S)
-    if all(torch.isfinite(p).all() for p in θ_u.parameters()): return θ_u
-    raise NumbersError(f'{kit.method}: the step left the finite numbers. Nothing was '
-                       'written. Prepare with a smaller size.')
+    if not all(torch.isfinite(p).all() for p in θ_u.parameters()):
+        raise NumbersError(f'{kit.method}: the step left the finite numbers. Nothing '
+                           'was written. Prepare with a smaller size.')
+    if moved(θ_u, model): return θ_u
+    raise NumbersError(f'{kit.method}: no weight moved, and nothing was written: the '
+                       'model is so sure of this portrait that there is no gradient, '
+                       'or the size is 0. Try another portrait or --label.')
 
 # %% ../nbs/15_forget.ipynb #7a4f51a0
 def forget(
@@ -206,7 +209,8 @@ def forget(
         lines = read_ledger(folder / 'ledger.jsonl', kit_sha(folder))
         path = current(a, kit, lines)
         targets = targets_of(a, path)
-        model = kit.model.load(path)
+        moved_to = dict(name=from_anywhere(a.model)) if a.model else {}
+        model = kit.model.model_copy(update=moved_to).load(path)
         S, notes, labels = support_of(a, kit, model)
         hashes = asked_before(a, kit, S, lines)
         checks = as_checks(a, kit, model)
@@ -227,7 +231,7 @@ def as_checks(
     photos = [read_photo(p) for p in a.checks]
     y = torch.zeros(len(kit.classes)) if kit.task == 'multilabel' else torch.tensor(0)
     S = as_support(photos, kit.model.preprocessing, torch.stack([y] * len(photos)))
-    return own_labels(model, S), [Path(p).name for p in a.checks]
+    return own_labels(model, S), [f'check {k + 1}' for k in range(len(photos))]
 
 def new_line(
     a: Letter, kit: Kit, lines: list, path: Path,
@@ -285,12 +289,9 @@ def write_all(
     report: dict, kit: Kit,
 ):
     "Weights first: the other files name their hash."
-    tensors = {k: v.detach().cpu().contiguous().clone()
-               for k, v in θ_u.net.state_dict().items()}
     svg = picture(kit, line.moved, line.path)
     def weights(part):
-        try: save_file(tensors, part)
-        except SafetensorError as e: raise OSError(f'{part}: {e}') from e   # disk full
+        write_weights(θ_u.net.state_dict(), part)
         report['after'] = file_sha(part)
     def ledger(part):
         new = signed(line.model_copy(update=dict(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LIBRARIES', 'CONVERT', 'WRAPPERS', 'Preprocessing', 'preprocessing', 'from_timm', 'from_torchvision',
-           'from_transformers', 'parts_of', 'beside', 'from_function', 'build', 'check_weights', 'read_weights',
-           'renamed', 'fill', 'last_linear', 'outputs_in', 'logits_in', 'fed', 'Classifier', 'find_head',
-           'check_answer', 'checked', 'ModelSource', 'from_anywhere', 'open_model']
+           'from_transformers', 'parts_of', 'beside', 'module_of', 'from_function', 'build', 'check_weights',
+           'read_weights', 'unwrapped', 'write_weights', 'renamed', 'fill', 'last_linear', 'outputs_in', 'logits_in',
+           'fed', 'Classifier', 'find_head', 'check_answer', 'checked', 'ModelSource', 'from_anywhere', 'open_model']
 
 # %% ../nbs/api/handlers.ipynb #1c46ba50
 import difflib, importlib, importlib.util, json, math, sys
@@ -17,7 +17,7 @@ import numpy as np, timm, torch
 from PIL import Image
 from pydantic import Field, model_validator
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tf
@@ -162,17 +162,33 @@ def _processor(folder):
     f = folder / 'preprocessor_config.json'
     if not f.is_file(): return None
     c = json.loads(f.read_text())
-    plain = dict(mean=(0., 0., 0.), std=(1., 1., 1.))
-    scaled = plain if c.get('do_normalize') is False else dict(
-        mean=c.get('image_mean', (.5,) * 3), std=c.get('image_std', (.5,) * 3))
+    if c.get('do_flip_channel_order'):   # no table of ours can say it
+        raise PresetError(f'{f}: the model wants blue, green, red. Write a function '
+                          'that returns a network which turns them, and name it '
+                          'module:function.')
+    scaled = _scaled(c)
     try: return scaled | _resized(c)
     except (KeyError, TypeError): return scaled   # some other way: the user has to say
 
+# %% ../nbs/api/handlers.ipynb #t1960358
+def _scaled(c):
+    # everything that is multiplied and added, as mean and std of pixels from 0 to 1
+    kind = str(c.get('image_processor_type'))
+    plain = not c.get('do_normalize', 'MobileViT' not in kind)
+    mean, std = (0., 1.) if plain else (c.get('image_mean', .5), c.get('image_std', .5))
+    mean, std = np.broadcast_to(mean, 3), np.broadcast_to(std, 3)
+    k = 255 * c.get('rescale_factor', 1 / 255) if c.get('do_rescale', True) else 255.
+    mean, k = mean + bool(c.get('rescale_offset')), round(k, 9)
+    if c.get('include_top') and 'EfficientNet' in kind: std = std * c['image_std']
+    return dict(mean=(mean / k).tolist(), std=(std / k).tolist())
+
+# %% ../nbs/api/handlers.ipynb #t1619023
 def _resized(c):
     # size, resize and interpolation of a processor's table
     both = lambda s: (s, s) if isinstance(s, int) else (s['height'], s['width'])
     size, cut = c.get('size', 224), c.get('do_center_crop') and c.get('crop_size')
     resize = both(size) if 'shortest_edge' not in str(size) else size['shortest_edge']
+    if 'Levit' in str(c.get('image_processor_type')): resize = int(256 / 224 * resize)
     if share := c.get('crop_pct'): resize, cut = _share_cut(resize, share)
     if not cut and isinstance(resize, int): size = (resize, resize)
     else: size = both(cut) if cut else resize
@@ -198,21 +214,27 @@ def beside(
     try: yield
     finally: sys.path.remove(str(folder))
 
+# %% ../nbs/api/handlers.ipynb #t0736987
+def module_of(
+    file: str,   # ends in .py
+):
+    "A file of the user's, as a module."
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    m = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(m)
+    return m
+
 # %% ../nbs/api/handlers.ipynb #b44be7e4
 def from_function(
     module: str, function: str,   # importable, or a file that ends in .py
     options: dict,                # what the function is called with
 ) -> tuple:                       # network, preprocessing or None, classes or None
     "Whatever a function of the user returns. Raises `PresetError`."
-    name = f'{module}:{function}'
+    name, file = f'{module}:{function}', module.endswith('.py')
     try:
-        if not module.endswith('.py'):
-            with beside(Path.cwd()): m = importlib.import_module(module)
-        else:
-            spec = importlib.util.spec_from_file_location(Path(module).stem, module)
-            m = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-            with beside(Path(module).resolve().parent): spec.loader.exec_module(m)
-        net = getattr(m, function)(**options)
+        with beside(Path(module).resolve().parent if file else Path.cwd()):
+            m = module_of(module) if file else importlib.import_module(module)
+            net = getattr(m, function)(**options)   # it may import, too
     except Exception as e:   # code of the user: whatever it raises, say where
         raise PresetError(f'{name}: cannot be called ({type(e).__name__}: {e}). Name '
                           'an importable module or a .py file, and a function that '
@@ -276,12 +298,29 @@ WRAPPERS = ('module.', '_orig_mod.')   # what DataParallel and torch.compile put
 def read_weights(
     path: str | Path,
 ) -> dict:   # name -> tensor on the CPU, floats in single precision
-    "The tensors of a file, without what a wrapper has put before their names."
+    "The tensors of a file."
     found = load_file(check_weights(path))
-    for w in WRAPPERS:
-        if all(k.startswith(w) for k in found):
-            found = {k[len(w):]: v for k, v in found.items()}
     return {k: v.float() if v.is_floating_point() else v for k, v in found.items()}
+
+def unwrapped(
+    net: nn.Module, tensors: dict,
+) -> dict:   # the same tensors
+    "Without what a wrapper has put before their names, unless it is the network's own."
+    for w in 2 * WRAPPERS:   # in any order
+        own = any(k.startswith(w) for k in net.state_dict())
+        if all(k.startswith(w) for k in tensors) and not own:
+            tensors = {k[len(w):]: v for k, v in tensors.items()}
+    return tensors
+
+# %% ../nbs/api/handlers.ipynb #t0097497
+def write_weights(
+    tensors: dict,   # name -> tensor
+    path: Path,
+):
+    "Raises `OSError`, as every other file does, where the disk is full."
+    own = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    try: save_file(own, path)
+    except SafetensorError as e: raise OSError(f'{path}: {e}') from e
 
 # %% ../nbs/api/handlers.ipynb #f09c3c6d
 def renamed(
@@ -303,7 +342,7 @@ def fill(
     path: str | Path, name: str,   # of the file and of the model, for the message
 ):
     "All of a network's tensors. Raises `PresetError` naming those that do not fit."
-    own, tensors = net.state_dict(), renamed(net, tensors)
+    own, tensors = net.state_dict(), renamed(net, unwrapped(net, tensors))
     twins = {v.data_ptr() for k, v in own.items() if k in tensors and v.numel()}
     missing = [k for k, v in own.items() if k not in tensors
                and not k.endswith('num_batches_tracked') and v.data_ptr() not in twins]
@@ -341,7 +380,7 @@ def outputs_in(
     try:
         with torch.device('meta'): net = build(name, options)[0]
     except PresetError: net = build(name, options)[0]   # some draw their weights anew
-    w = tensors.get(f'{last_linear(net)}.weight')
+    w = unwrapped(net, tensors).get(f'{last_linear(net)}.weight')
     return None if w is None else len(w)
 
 # %% ../nbs/api/handlers.ipynb #s9533242

@@ -14,10 +14,10 @@ import numpy as np, torch
 from fastcore.basics import patch
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from .core import DataError, Spec, StoreError, file_sha, free_place, whole_folder
-from .handlers import ModelSource
+from .handlers import ModelSource, write_weights
 from .methods import in_words, projected_layers
 from .vit import logits_and_cls
 
@@ -156,7 +156,7 @@ def write_kit(
     "Both files appear together."
     with whole_folder(check_place(folder)) as part:
         tensors = part / 'state.safetensors'
-        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, tensors)
+        write_weights(state, tensors)
         sizes = {'this kit': 0} | table['sizes']   # known when it is written
         kit = Kit(**table | dict(sizes=sizes), state_sha=file_sha(tensors))
         text = len(kit.model_dump_json(indent=1).encode())

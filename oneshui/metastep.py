@@ -67,11 +67,12 @@ class Step:
         S: tuple,       # (images, targets, who)
         mask: int = 0,  # seed of the dropout mask
     ) -> Taken:
-        "Raises `NumbersError` if a direction is wanted and there is none."
+        "Raises `NumbersError` if the gradient is not finite; 0 is no step."
         x, y, who = S
         at = {k: p.detach().requires_grad_() for k, p in θ.items()}
         u = gradient(self.M(outputs(self.model, at, x), y, who, mask), at)
         norm = length(u) if self.unit else torch.ones(())
+        if norm == 0: norm = torch.ones_like(norm)   # as sure as floats get: no step
         if self.unit: u = {k: g / norm for k, g in u.items()}
         return Taken(θ, S, mask, u, norm, self.H(u))
 
@@ -85,9 +86,9 @@ def dot(
 def length(
     g: dict,            # parameter name -> tensor
 ) -> torch.Tensor:
-    "‖g‖ over all parameters. Raises `NumbersError` if it is zero or not finite."
+    "‖g‖ over all parameters. Raises `NumbersError` if it is not finite."
     norm = torch.stack([t.norm() for t in g.values()]).norm()
-    if torch.isfinite(norm) and norm > 0: return norm
+    if torch.isfinite(norm): return norm
     raise NumbersError(f'the gradient on the support set has length {norm.item():g}, '
                        'so there is no direction to step in. Look at the portraits, '
                        'and at what the model says of them.')

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'IMAGES', 'MOST_PIXELS', 'SMALLEST', 'WIDEST', 'read_table', 'assumed_split', 'demand', 'check_rows',
-           'check_people', 'read_targets', 'check_count', 'attributes', 'refuse_recogniser', 'read_folder', 'People',
-           'read_people', 'Photo', 'read_photo', 'check_shape', 'photo_hash', 'Photos', 'in_batches', 'PhotoSet',
-           'as_support']
+           'check_people', 'read_targets', 'check_count', 'attributes', 'refuse_recogniser', 'refuse_stray',
+           'read_folder', 'People', 'read_people', 'Photo', 'read_photo', 'check_shape', 'photo_hash', 'Photos',
+           'in_batches', 'PhotoSet', 'as_support']
 
 # %% ../nbs/api/photos.ipynb #b53930be
-import hashlib, io
+import hashlib, io, os
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -76,7 +76,7 @@ def check_rows(
             f'{c} is empty. Fill it in, or delete the row'))
     demand(t.split.isin(SPLITS), t, file, lambda row: (
         f'split is "{row.split}"; expected one of {", ".join(SPLITS)}'))
-    demand(~t.path.duplicated(), t, file, lambda row: (
+    demand(~t.path.map(os.path.normpath).duplicated(), t, file, lambda row: (
         f'"{row.path}" is listed for the second time. Delete one of the rows'))
     there = [(file.parent / p).is_file() for p in t.path]
     demand(there, t, file, lambda row: (
@@ -163,17 +163,30 @@ def attributes(
 
 # %% ../nbs/api/photos.ipynb #191e4691
 def refuse_recogniser(
-    faces: Faces,   # all rows
+    faces: Faces, learned: np.ndarray,   # rows of train
 ):
-    "Raise `DataError` if every person is a class of their own."
+    "Raise `DataError` if every person whom the model knows is a class of their own."
     if faces.task != 'multiclass': return
-    pairs = pd.DataFrame(dict(who=faces.identity, y=faces.targets)).drop_duplicates()
-    alone = pairs.who.is_unique and pairs.y.is_unique
-    if alone and len(pairs) > 2:
-        raise DataError(f'{faces.name}: each of the {len(pairs)} people is a class of '
-                        'their own. Strangers have no right answer under such a '
-                        'model, so nothing says what forgetting should look like. '
-                        'Remove the output instead, or use a model of attributes.')
+    for rows in (learned, np.arange(len(faces))):
+        who, y = faces.identity[rows], pd.Series(faces.targets[rows])
+        usual = y.groupby(who).agg(lambda v: v.mode()[0])
+        same = (y == usual[who].to_numpy()).mean()   # own answers may err
+        if usual.is_unique and same > .9 and len(usual) > 2:
+            raise DataError(f'{faces.name}: each of {len(usual)} people is a class of '
+                            'their own. Strangers have no right answer under such a '
+                            'model, so nothing says what forgetting should look like. '
+                            'Remove the output instead, or use a model of attributes.')
+
+# %% ../nbs/api/photos.ipynb #t0713771
+def refuse_stray(
+    root: Path, files: list,   # relative to it
+):
+    "Raise `DataError` for images beside `train` and the like: who are they?"
+    stray = [p for p in files if len(p.parts) > 1 and p.parts[0] not in SPLITS]
+    if stray:
+        raise DataError(f'{root / stray[0].parts[0]}: lies beside folders called '
+                        f'{", ".join(SPLITS)}. Move people into these, or rename a '
+                        'person who is called like one.')
 
 # %% ../nbs/api/photos.ipynb #f3b07c34
 IMAGES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff')
@@ -185,6 +198,7 @@ def read_folder(
     files = [p.relative_to(root) for p in sorted(root.rglob('*'))
              if p.suffix.lower() in IMAGES]
     told = any((root / s).is_dir() for s in SPLITS)
+    if told: refuse_stray(root, files)
     rows = [dict(path=str(p), identity=p.parts[told],
                  label=p.parts[1 + told] if len(p.parts) > 2 + told else '')
             | (dict(split=p.parts[0]) if told else {}) for p in files
@@ -234,8 +248,9 @@ def read_people(
     else: y, task, classes = read_targets(labels, where, classes, outputs)
     root = where if folder else where.parent
     faces = make_faces(where.name, root, t.path, t.identity, y, task, classes)
-    refuse_recogniser(faces) if not own else None
-    return People(faces, t.split.to_numpy(str), own, assumed)
+    people = People(faces, t.split.to_numpy(str), own, assumed)
+    if not own: refuse_recogniser(faces, people.rows('train'))
+    return people
 
 # %% ../nbs/api/photos.ipynb #d926c6c2
 MOST_PIXELS, SMALLEST, WIDEST = 100_000_000, 16, 4.   # in all, an edge, width : height

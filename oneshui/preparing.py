@@ -26,7 +26,7 @@ from .kit import (DataCard, Kit, Reference, Rehearsed, check_place, features_of,
                          versions, write_kit)
 from .methods import METHODS, in_words, one_shot, read_as
 from .metrics import score, task_loss, tug_of_war
-from .photos import People, Photos, PhotoSet, read_people
+from .photos import People, Photos, PhotoSet, read_people, refuse_recogniser
 from .portraits import write_portraits
 from .presets import Preset, for_request, load_preset
 from .readers import read_celeba
@@ -119,7 +119,9 @@ def open_bench(
     people = read_people(a.data, source.outputs, a.classes or classes)
     draw_plays(people, 2, a.people, a.seed)
     photos = Photos(people.faces, source.preprocessing)
-    if people.own_labels: people = answered(people, photos, model)
+    if people.own_labels:
+        people = answered(people, photos, model)
+        refuse_recogniser(people.faces, people.rows('train'))
     if a.retrain: check_chooser(people.faces, people.rows('val'))
     return Bench(people, photos, model, {}, a.sample), source, path
 
@@ -346,7 +348,7 @@ def rehearsed(
     t = rehearse(bench, plays, arms)
     turns = in_turn(bench, plays[:a.turns], arms[title])
     again = [retrained(a, bench, p, arms[title]) for p in plays[:a.retrain]]
-    held = len(bench.people.rows('portrait'))
+    held = all((bench.people.split[p.portraits] == 'portrait').all() for p in plays)
     plain = lambda t: t.map(rounded).to_dict('records')
     return Rehearsed(portraits='held out' if held else 'trained on', people=a.people,
                      requests=plain(t), in_turn=plain(turns), retrained=again,

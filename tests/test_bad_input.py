@@ -195,7 +195,7 @@ PREPARE = {   # what is wrong -> (scene -> argv, what the message has to say)
     'a setting without value': (lambda s: s.prepare('--set', 'sizes'), ['NAME=VALUE']),
     'one request only': (lambda s: s.prepare('--requests', '1'), ['requests = 1']),
     'more people than there are': (lambda s: s.prepare('--people', '14'),
-                                   ['requests of 14', 'Ask for fewer']),
+                                   ['two requests need 28', 'Ask for fewer']),
     'a std of zero': (lambda s: s.prepare('--std', '0'), ['std is above 0']),
     'two means': (lambda s: s.prepare('--mean', '.5', '.5'), ['one number each']),
     'an unknown interpolation': (lambda s: s.prepare('--interpolation', 'magic'),

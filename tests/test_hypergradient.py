@@ -195,7 +195,9 @@ def test_sizes_equal_finite_differences(world):
 def test_no_direction_no_step():
     model = cnn().eval()
     for p in model.parameters(): nn.init.zeros_(p)
-    still = lambda z, y, who, mask: 0. * z[0].sum()
     S = torch.zeros(1, 3, 32, 32), 0, 0
-    with pytest.raises(NumbersError, match='length 0, so there is no direction'):
-        Step(model, still, FixedSize(1.))(parameters_of(model), S)
+    taken = lambda M: Step(model, M, FixedSize(1.))(parameters_of(model), S)
+    still = taken(lambda z, y, who, mask: 0. * z[0].sum())
+    assert all((still.θ_u[k] == p).all() for k, p in parameters_of(model).items())
+    with pytest.raises(NumbersError, match='so there is no direction'):
+        taken(lambda z, y, who, mask: torch.inf * z[0].sum())

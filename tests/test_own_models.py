@@ -2,19 +2,26 @@
 import json
 import unicodedata
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torchvision import models
 
+from oneshui.cli import apart
 from oneshui.core import DataError, PresetError
 from oneshui.data import Faces
 from oneshui.handlers import (Preprocessing, _processor, from_anywhere, from_timm,
                               from_transformers, logits_in, open_model, outputs_in,
-                              preprocessing)
+                              preprocessing, write_weights)
+from oneshui.inspection import codes_of
 from oneshui.ledger import salted
+from oneshui.photos import People, read_folder, read_people
 from oneshui.preparing import check_chooser, rounded
+from oneshui.rehearsal import draw_plays
+from oneshui.reports import write_report
 
 SMALL = '''
 import torch
@@ -91,6 +98,112 @@ def test_a_processor_that_cuts_a_share(tmp_path, edge, expected):
     ('timm:dla46x_c', lambda: timm.create_model('dla46x_c', num_classes=3))])
 def test_a_head_of_1_by_1_says_how_many(name, net):
     assert outputs_in(net().state_dict(), name, {}) == 3
+
+
+@pytest.mark.parametrize('kind, said', [
+    ('ViT', {}), ('EfficientNet', {}), ('EfficientNet', dict(
+        rescale_factor=1 / 127.5, rescale_offset=True, include_top=False)),
+    ('ViT', dict(do_rescale=False, image_mean=[120.] * 3, image_std=[60.] * 3)),
+    ('ViT', dict(do_normalize=False))], ids=str)
+def test_pixels_are_those_of_the_processor(tmp_path, kind, said):
+    T = pytest.importorskip('transformers')
+    edge = dict(size=dict(height=24, width=24))
+    theirs = getattr(T, f'{kind}ImageProcessor')(**edge | said)
+    theirs.save_pretrained(tmp_path)
+    image = Image.fromarray(np.random.default_rng(0).integers(
+        0, 256, (24, 24, 3), dtype='uint8'))
+    prep = preprocessing(_processor(tmp_path), {})
+    ours = prep.normalised(torch.tensor(prep.pixels(image))[None])
+    expected = theirs(image, return_tensors='pt')['pixel_values']
+    assert torch.allclose(ours, expected, atol=1e-5)
+
+
+def test_blue_before_red_is_refused(tmp_path):
+    said = dict(do_flip_channel_order=True)
+    (tmp_path / 'preprocessor_config.json').write_text(json.dumps(said))
+    with pytest.raises(PresetError, match='module:function'): _processor(tmp_path)
+
+
+@pytest.mark.parametrize('name', ['module.head', '_orig_mod.module.head'])
+def test_what_a_wrapper_put_before_names_goes_and_the_own_stays(tmp_path, name):
+    model, weights = written(tmp_path, Z)
+    tensors = {f'{name}.weight': torch.randn(3, 192), f'{name}.bias': torch.zeros(3)}
+    tensors[name.replace('head', 'mask')] = torch.full((2, 2), -torch.inf).triu(1)
+    save_file(tensors, weights)
+    if name == 'module.head':   # the network itself is called so, too
+        own = SMALL.replace('self.head = nn.Linear(192, 3)',
+                            'self.module = nn.Module(); '
+                            'self.module.head = nn.Linear(192, 3)')
+        own = own.replace("self.register", "self.module.register")
+        found = written(tmp_path, 'self.module.head(x.flatten(1))', 'own.py', own)[0]
+        save_file(tensors, weights)
+        assert open_model(found, weights)[0].outputs == 3
+    assert open_model(model, weights)[0].outputs == 3
+
+
+def test_a_function_may_import_its_neighbours_late(tmp_path, monkeypatch):
+    written(tmp_path, Z, 'late_blocks.py')
+    name, weights = written(tmp_path, '', 'late.py', (
+        'def make():\n    from late_blocks import make\n    return make()\n'))
+    monkeypatch.chdir('/')
+    assert open_model(name, weights)[0].outputs == 3
+
+
+def table_of(folder, rows):
+    "A CSV of (who, label, split), and its images."
+    for k in range(len(rows)):
+        Image.new('RGB', (20, 20), (k, 200, 9)).save(folder / f'{k}.png')
+    lines = ['path,identity,label,split']
+    lines += [f'{k}.png,{",".join(r)}' for k, r in enumerate(rows)]
+    (folder / 't.csv').write_text('\n'.join(lines))
+    return folder / 't.csv'
+
+
+def test_a_recogniser_whose_strangers_share_a_label_is_one(tmp_path):
+    known = [(who, y, 'train') for who, y in ('a0', 'b1', 'c2') for _ in range(2)]
+    strangers = [('d', '0', 'val'), ('e', '0', 'val')]
+    with pytest.raises(DataError, match='each of 3 people is a class'):
+        read_people(table_of(tmp_path, known + strangers), 3)
+    shared = [(w, '0' if w == 'c' else y, s) for w, y, s in known]
+    people = read_people(table_of(tmp_path, shared + strangers), 3)
+    assert len(draw_plays(people, 9, 1, 0)) == 3
+    with pytest.raises(DataError, match='need 4'): draw_plays(people, 9, 2, 0)
+    one = [*shared, ('a', '0', 'portrait'), *strangers]   # nobody else has one
+    plays = draw_plays(read_people(table_of(tmp_path, one), 3), 9, 1, 0)
+    assert len(plays) == 3, 'one portrait does not send the others home'
+
+
+def test_one_image_under_two_names(tmp_path):
+    t = table_of(tmp_path, [('a', '0', 'train')] * 2 + [('b', '0', 'val')] * 2)
+    t.write_text(t.read_text().replace('1.png', './0.png'))
+    with pytest.raises(DataError, match='for the second time'): read_people(t, 2)
+
+
+def test_a_person_called_test_is_not_lost_with_the_others(tmp_path):
+    for who in ('anna', 'test'):
+        (tmp_path / who).mkdir()
+        Image.new('RGB', (20, 20)).save(tmp_path / who / '0.png')
+    with pytest.raises(DataError, match='anna: lies beside'): read_folder(tmp_path)
+
+
+def test_a_report_holds_no_nan(tmp_path):
+    write_report(dict(a=[float('nan'), 1.5], b=float('inf')), '',
+                 tmp_path / '.m.report.json.part')
+    said = (tmp_path / '.m.report.json.part').read_text()
+    assert json.loads(said) == dict(a=[None, 1.5], b=None)
+
+
+def test_a_full_disk_is_an_error_of_the_disk(tmp_path):
+    with pytest.raises(OSError): write_weights(dict(a=torch.ones(1)), tmp_path / 'no/f')
+
+
+def test_names_with_commas():
+    assert apart(['a, b']) == ['a', 'b'] and apart(['a, b', 'c']) == ['a, b', 'c']
+    faces = Faces('f', None, [], torch.tensor([0, 0, 1, 2]).numpy(),
+                  np.array(['Doe, J', 'K', 'L']), None, 'multiclass', ['a'])
+    people = People(faces, np.array(['train'] * 4), False)
+    assert codes_of(['Doe, J'], people, 'f').tolist() == [0]
+    assert codes_of(['K,L'], people, 'f').tolist() == [1, 2]
 
 
 def test_a_name_is_the_same_however_it_is_written():
