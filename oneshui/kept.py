@@ -189,13 +189,14 @@ def searched_lengths(
     cell: tuple,      # (data set, N_S)
     kept: list,       # from `pairs`
     n_jobs: int = 2,  # processes
+    **more,           # further options of `after_keeping`
 ) -> pd.DataFrame:    # person, others, length, tow, chosen, edge
     "ToW of each length on the tuning requests; the best one is chosen."
     tried = [(a, b, c) for a, b in kept for c in (LENGTHS if a != 'nothing' else (0.,))]
     ask = lambda k: store.spec(preset, *cell, preset.tuning_seed, 'pretrain', number=k)
     asked = [ask(k) for k in preset.tuning_numbers]
     names = 'person', 'others', 'length'
-    jobs = [(s, dict(zip(names, x))) for x in tried for s in asked]
+    jobs = [(s, dict(zip(names, x)) | more) for x in tried for s in asked]
     found = measure(store, after_keeping, jobs, 'lengths', n_jobs)
     tow = np.array([x['tow'] for x in found]).reshape(len(tried), -1).mean(1)
     t = pd.DataFrame(tried, columns=names).assign(tow=tow)
@@ -226,13 +227,14 @@ def kept_arms(
     lengths: dict,    # (person, others) -> length
     methods: tuple = ('pretrain', 'retrain_again', 'neggrad', 'metaunlearn', 'metastep',
                       'scrub'),
+    **more,           # further options of `after_keeping`
 ) -> dict:            # label -> `Asked`
     "An arm for everything that may be kept, and one for each method."
     asked = requests_of(preset, [cell], seeds)
     idle = [arm_run(store, preset, r, 'pretrain') for r in asked]
     arms = {m: [Asked(arm_run(store, preset, r, m), as_made) for r in asked]
             for m in methods}
-    how = {named(a, b): dict(person=a, others=b, length=c)
+    how = {named(a, b): dict(person=a, others=b, length=c) | more
            for (a, b), c in lengths.items()}
     return arms | {k: [Asked(s, after_keeping, **o) for s in idle]
                    for k, o in how.items()}

@@ -118,6 +118,7 @@ def save_figure(
 ):
     "`out/name.png` and `.svg`; the same picture gives the same file."
     fig.savefig(out / f'{name}.png', dpi=130)
+    fig.set_layout_engine('none')   # it has its places: not found anew each time
     fig.savefig(out / f'{name}.svg', metadata={'Date': None})
 
 # %% ../nbs/api/results.ipynb #d289466d

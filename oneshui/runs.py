@@ -14,7 +14,7 @@ import argparse, ast, copy, hashlib, importlib, inspect, json, os, shutil, sys
 import textwrap, time, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Literal, get_args
 import numpy as np, pandas as pd, torch
@@ -102,6 +102,7 @@ def first_training(
     return s.model_copy(update=dict(seeds=seeds_of(s.seed)))
 
 # %% ../nbs/api/runs.ipynb #14059fde
+@cache   # many roots share what they call
 def _source(fn):
     # a function's code as text, without comments, docstring and layout
     try: tree = ast.parse(textwrap.dedent(inspect.getsource(fn)))

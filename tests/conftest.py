@@ -10,7 +10,8 @@ from oneshui.presets import load_preset
 from oneshui.runs import RunStore
 
 torch.set_num_threads(1)   # two workers on two cores
-LONGEST = 'test_tables', 'test_notebooks', 'test_desk', 'test_runs'   # start first
+LONGEST = ('test_tables', 'test_notebooks', 'test_runs', 'test_ranks', 'test_desk',
+           'test_metastep', 'test_benchmarks', 'test_cluster')   # start first
 
 
 def pytest_collection_modifyitems(items):
