@@ -175,8 +175,10 @@ def _scaled(c):
     # everything that is multiplied and added, as mean and std of pixels from 0 to 1
     kind = str(c.get('image_processor_type'))
     plain = not c.get('do_normalize', 'MobileViT' not in kind)
-    mean, std = (0., 1.) if plain else (c.get('image_mean', .5), c.get('image_std', .5))
-    mean, std = np.broadcast_to(mean, 3), np.broadcast_to(std, 3)
+    said = lambda name: .5 if c.get(name) is None else c[name]
+    mean, std = (0., 1.) if plain else (said('image_mean'), said('image_std'))
+    channels = 1 if np.shape(c.get('image_mean')) == (1,) else 3
+    mean, std = np.broadcast_to(mean, channels), np.broadcast_to(std, channels)
     k = 255 * c.get('rescale_factor', 1 / 255) if c.get('do_rescale', True) else 255.
     mean, k = mean + bool(c.get('rescale_offset')), round(k, 9)
     if c.get('include_top') and 'EfficientNet' in kind: std = std * c['image_std']

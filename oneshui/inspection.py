@@ -21,7 +21,8 @@ from .core import DataError, PresetError, Spec, free_place
 from .evidence import WORDS, Case, attack_verdict, look, supported_fpr
 from .evidence import u_lira_found
 from .handlers import ModelSource, check_weights, open_model
-from .kit import read_kit
+from .kit import kit_sha, read_kit
+from .ledger import read_ledger
 from .methods import read_as
 from .metrics import score
 from .photos import People, Photos, PhotoSet, read_people
@@ -138,7 +139,7 @@ def open_audit(
 ) -> Opened:
     "Model, files and data, checked. Raises `PresetError` or `DataError`."
     free_place(a.out, '--out', 'a report is not overwritten')
-    if a.kit: read_kit(a.kit)
+    if a.kit: read_kit(a.kit), read_ledger(Path(a.kit)/'ledger.jsonl', kit_sha(a.kit))
     source, model, classes, before = open_model(a.model, a.weights, a.options,
                                                 a.preprocessing)
     one = lambda p: p and check_weights(p)

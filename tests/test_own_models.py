@@ -118,6 +118,13 @@ def test_pixels_are_those_of_the_processor(tmp_path, kind, said):
     assert torch.allclose(ours, expected, atol=1e-5)
 
 
+def test_a_processor_of_grey_images(tmp_path):
+    said = dict(size=24, image_mean=[.1], image_std=[.3], do_rescale=True)
+    (tmp_path / 'preprocessor_config.json').write_text(json.dumps(said))
+    found = _processor(tmp_path)
+    assert (found['mean'], found['std']) == ([.1], [.3])
+
+
 def test_blue_before_red_is_refused(tmp_path):
     said = dict(do_flip_channel_order=True)
     (tmp_path / 'preprocessor_config.json').write_text(json.dumps(said))
