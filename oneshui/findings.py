@@ -76,13 +76,11 @@ LIMITS = [
 
 # %% ../nbs/api/findings.ipynb #t1058156
 def other_lines(
-    r: dict,        # fields of `AuditReport`
-    first: list = (),   # from `caveats`
+    r: dict,   # fields of `AuditReport`
 ) -> list:
     "What else a reader should know first."
     n, (still, _) = len(r['people']), still_known(r['people'])
-    lines = [*first]
-    lines += [f'{still} of {n} people, one by one, are still better known than 95 % of '
+    lines = [f'{still} of {n} people, one by one, are still better known than 95 % of '
              f'controls; chance alone gives {.05 * n:.1f}.']
     b = r['bystanders']['after']
     words = {'easier': 'Others BECAME EASIER to recognise',
@@ -210,7 +208,7 @@ def audit(
              rehearsal=rehearsed(a, case) if a.kit else None,
              fpr=next(iter(attacks.values()))['models']['after']['fpr'])
     r |= dict(headline=headline(attacks, r['relearning'], r['people']),
-              summary=other_lines(r, caveats(o.people)), data=about_data(o),
+              summary=caveats(o.people) + other_lines(r), data=about_data(o),
               made=today(), versions=versions(), model=o.source.model_dump())
     r['not_checked'] = not_looked_at(a, r, missing)
     r['files'] = {str(p): file_sha(p) for p in every(o.paths)}

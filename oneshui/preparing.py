@@ -16,11 +16,10 @@ import numpy as np, pandas as pd, torch
 from pathlib import Path
 from filelock import FileLock
 from pydantic import Field, ValidationError
-from safetensors.torch import save_file
 from torch import nn
 from .core import DataError, PresetError, Spec, device_of, file_sha, project_root
 from .data import Faces, Pixels, make_request, portrait
-from .handlers import build, fill, open_model, read_weights
+from .handlers import build, fill, open_model, read_weights, write_weights
 from .kit import (DataCard, Kit, Reference, Rehearsed, check_place, features_of,
                          margins, quantiles, state_sizes, today, untypical,
                          versions, write_kit)
@@ -425,5 +424,5 @@ def train_office(
     model = create_model(P.model, len(faces.classes))
     fit(model, D['train'], D['val'], P.recipe('celeba'), quiet=True)
     part = weights.with_suffix('.part')   # what is there is whole
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, part)
+    write_weights(model.state_dict(), part)
     part.replace(weights)
