@@ -19,7 +19,8 @@ from .methods import METHODS, answers, distil
 from .metrics import score, task_loss, tug_of_war
 from .presets import Preset
 from .questions import task_gradient
-from .results import COLOURS, SCORES, colour_of, figure_style, title_of
+from .results import COLOURS, SCORES, colour_of, figure_style, room_for
+from .results import title_of
 from .runs import RunSpec, RunStore, first_training, measure, question
 from .vit import ImageSet, predict
 
@@ -276,6 +277,8 @@ def plot_kept(
             ax.plot(u.bytes, u[y], 'o-', color=colour, ms=4, lw=1, label=o)
         axes[0].errorbar(u.bytes, u.difference, u.difference_half, color=colour,
                          lw=.6, ls='', alpha=.5)
+    half = at.difference_half.clip(upper=15)   # what is longer leaves the panel
+    axes[0].set_ylim(room_for(pd.concat([at.difference - half, at.difference + half])))
     draw_methods(axes, at[at.index.isin([*METHODS])])
     draw_ends(axes, ends, at.difference.get('retrain_again'), at.bytes['scrub'])
     return fig
@@ -284,12 +287,14 @@ def plot_kept(
 def draw_methods(
     axes, t: pd.DataFrame,  # rows of methods
 ):
-    "A grey mark for each method of the tables."
-    for m, row in t.iterrows():
+    "A mark for each method of the tables."
+    inner = {*t.sort_values('bytes').index[1:-1]}   # written to the left, in turn
+    for i, (m, row) in enumerate(t.sort_values('bytes').iterrows()):
+        side, place = ('right', -5) if m in inner else ('left', 5)
         for ax, y in zip(axes, ('difference', 'seen')):
-            ax.plot(row.bytes, row[y], 'D', color=colour_of(m), ms=5, zorder=4)
-            ax.annotate(title_of(m), (row.bytes, row[y]), (4, 4), fontsize=7,
-                        textcoords='offset points')
+            ax.plot(row.bytes, row[y], 'D', color=colour_of(m), mec='k', ms=5, zorder=4)
+            ax.annotate(title_of(m), (row.bytes, row[y]), (place, -9 if i % 2 else 4),
+                        ha=side, fontsize=7, textcoords='offset points')
 
 def draw_ends(
     axes, ends: dict,   # 'pretrain', 'retrain_again' -> seen
