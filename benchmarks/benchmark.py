@@ -9,6 +9,7 @@ machine's and mean little elsewhere.
 import argparse
 import json
 import math
+import os
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -16,6 +17,7 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import torch
 from hypergradient import world
 from measure import Product, alternate, extra_memory, ratio, seconds
@@ -29,7 +31,7 @@ from oneshui.methods import input_covariance, input_rows, projected_layers
 from oneshui.metrics import Outputs, batch_score, mean_average_precision
 from oneshui.portraits import draw_person, draw_photo, render, write_portraits
 from oneshui.presets import load_preset
-from oneshui.runs import RunStore, run_grid
+from oneshui.runs import RunStore, file_sha, metric_of, run_grid
 from oneshui.scale import step_flops
 from oneshui.vit import (TrainSpec, normalise, optimiser, predict, scheduled,
                          train_epoch)
@@ -198,6 +200,36 @@ def reproduction(small, repeat):
     return dict(reproduce_seconds_per_run=taken / runs)
 
 
+def copied(store, s, lr):
+    "A finished run's folder again, as that of another learning rate."
+    other = s.model_copy(update=dict(hyper=s.hyper | dict(lr=lr)))
+    there, manifest = store.folder(other), dict(store.get(s).manifest)
+    there.mkdir()
+    for f in store.folder(s).glob('*.safetensors'): os.link(f, there / f.name)
+    (there / 'spec.json').write_text(other.model_dump_json(indent=1))
+    files = manifest['files'] | {'spec.json': file_sha(there / 'spec.json')}
+    (there / 'manifest.json').write_text(json.dumps(manifest | dict(files=files)))
+    return other
+
+
+def store_of_many(small, repeat):
+    "A store of 10,000 small runs: seconds to find one, and to read a table of all."
+    p, data = load_preset('smoke'), ROOT / 'data'
+    data = write_portraits(data, **p.portraits)
+    with TemporaryDirectory() as folder:
+        store = RunStore(folder, data)
+        one = store.spec(p, 'mufac', 2, 0, 'neggrad')
+        store.metrics(one)
+        n = 20 if small else 10_000
+        runs = [copied(store, one, .01 + 1e-6 * k) for k in range(n)]
+        metric_of(store, runs, 'tow')   # found out, once
+        fresh = RunStore(folder, data)
+        fresh.faces('mufac')
+        found = seconds(lambda: fresh.get(runs[-1]))
+        read = seconds(lambda: pd.DataFrame(metric_of(fresh, runs, 'tow')))
+    return dict(store_find_seconds=found, store_table_seconds=read)
+
+
 def from_chapter(notebook, name, **known):
     "A function that a chapter defines and does not export; `known`: what it calls."
     cells = json.loads((ROOT / 'nbs' / notebook).read_text())['cells']
@@ -265,7 +297,7 @@ def loader(small, repeat):
 
 ROWS = dict(limits=limits, memory=memory, attack=attack, episodes=episodes,
             scores=scores, loader=loader, large=large, pgu=pgu, evaluation=evaluation,
-            reproduction=reproduction)
+            reproduction=reproduction, store=store_of_many)
 
 
 def measured(names, small=False, repeat=5):

@@ -15,8 +15,8 @@ from torch import nn
 from .core import DataError, NumbersError, PresetError, Spec, file_sha
 from .handlers import check_weights, from_anywhere, write_weights
 from .kit import Kit, features_of, kit_sha, read_kit, untypical
-from .ledger import (Line, appear_together, one_at_a_time, read_ledger, salted,
-                            signed)
+from .ledger import (Line, appear_together, head_of, one_at_a_time, read_ledger,
+                            salted, signed)
 from .methods import METHODS, read_as
 from .metastep import expected_error
 from .metrics import task_loss
@@ -293,13 +293,15 @@ def write_all(
     def weights(part):
         write_weights(θ_u.net.state_dict(), part)
         report['after'] = file_sha(part)
-    def ledger(part):
-        new = signed(line.model_copy(update=dict(
-            after=report['after'], notes=report['warnings'])))
-        part.write_text(''.join(x.model_dump_json() + '\n' for x in [*lines, new]))
+    new = lambda: signed(line.model_copy(update=dict(
+        after=report['after'], notes=report['warnings'])))
     page = lambda part: write_report(report, svg, part)
+    book = folder / 'ledger.jsonl'
+    ledger = lambda part: part.write_text(
+        ''.join(x.model_dump_json() + '\n' for x in [*lines, new()]))
+    head = lambda part: part.write_text(new().hash)
     appear_together(folder, dict(zip(targets, (weights, page, page)))
-                    | {folder / 'ledger.jsonl': ledger})
+                    | {book: ledger, head_of(book): head})
 
 # %% ../nbs/15_forget.ipynb #e9789aad
 def in_short(

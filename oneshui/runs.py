@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TRAININGS', 'SETS', 'Seeds', 'seeds_of', 'RunSpec', 'first_training', 'code_of', 'changed_code', 'StaleRun',
            'warn_if_stale', 'RunStore', 'Run', 'Made', 'train_run', 'prepare_run', 'unlearn_run', 'maker_of',
-           'write_run', 'fill_here', 'metric_of', 'check_runs', 'table_with', 'check_run', 'code_behind',
-           'check_answer', 'accept', 'main', 'make_runs', 'run_grid', 'question', 'measure', 'open_store',
-           'check_parameters', 'out_folder', 'published_folder']
+           'write_run', 'fill_here', 'plain_metrics', 'metric_of', 'check_runs', 'table_with', 'check_run',
+           'code_behind', 'check_answer', 'accept', 'main', 'make_runs', 'run_grid', 'question', 'measure',
+           'open_store', 'check_parameters', 'out_folder', 'published_folder']
 
 # %% ../nbs/api/runs.ipynb #f1de13d9
 import argparse, ast, copy, hashlib, importlib, inspect, json, os, shutil, sys
@@ -577,13 +577,20 @@ def look(self: RunStore, run: Run, views: int, r: Request) -> dict:
 
 # %% ../nbs/api/runs.ipynb #7fe6e965
 @patch
+def answer(self: RunStore,
+    name: str, key: dict,  # everything that determines it
+) -> Path:
+    "Where a small result lies, or will."
+    return self.root / 'results' / f'{name}-{digest(key)}.json'
+
+@patch
 def cached(self: RunStore,
     name: str, key: dict,  # everything that determines the result
     make,                  # () -> something JSON-able
     *code,                 # functions that make it
 ):
     "A small result that is no run, made once. Raises `StoreError` if it is damaged."
-    f = self.root / 'results' / f'{name}-{digest(key)}.json'
+    f = self.answer(name, key)
     if not f.exists():
         f.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f.with_suffix('.lock')):
@@ -599,28 +606,45 @@ def cached(self: RunStore,
 
 # %% ../nbs/api/runs.ipynb #2d24a88f
 @patch
+def metric_key(self: RunStore,
+    s: RunSpec,
+    name: str,  # of a declared metric
+) -> dict:
+    "Everything that determines a metric of a run."
+    served = {n: self.served_by(self.related(s, n)).digest for n in METRICS[name].needs}
+    return dict(version=METRICS[name].version, run=self.served_by(s).digest,
+                n_forget=s.n_forget, needs=served, number=s.number)
+
+@patch
 def metric(self: RunStore,
     s: RunSpec,
     name: str,  # of a declared metric
 ) -> dict:      # as the metric returns it
     "One metric of a run on its request."
-    m, run = METRICS[name], self.served_by(s)
-    need = {n: self.related(s, n) for n in m.needs}
-    served = {n: self.served_by(o).digest for n, o in need.items()}
-    key = dict(version=m.version, run=run.digest, n_forget=s.n_forget, needs=served,
-               number=s.number)
+    m, key = METRICS[name], self.metric_key(s, name)
     seen = lambda o: self.outputs(o, m.views, s.n_forget)
-    make = lambda: m.fn(seen(s), **{n: seen(o) for n, o in need.items()})
+    make = lambda: m.fn(seen(s), **{n: seen(self.related(s, n)) for n in m.needs})
     return self.cached(f'metric-{name}', key, make, m.fn)
 
+@patch
+def knows(self: RunStore,
+    s: RunSpec,
+    name: str,  # of a declared metric
+) -> bool:
+    "Is the metric stored?"
+    return self.answer(f'metric-{name}', self.metric_key(s, name)).exists()
+
 # %% ../nbs/api/runs.ipynb #sp800791
+def plain_metrics() -> list:  # names
+    "What is computed of every run: the metrics that need no views."
+    return [m.name for m in METRICS.load().values() if not m.views]
+
 @patch
 def metrics(self: RunStore,
     s: RunSpec,
 ) -> dict:  # name -> number
     "Every declared metric that needs no views, and the seconds that the run took."
-    plain = [m.name for m in METRICS.load().values() if not m.views]
-    found = {k: v for name in plain for k, v in self.metric(s, name).items()}
+    found = {k: v for name in plain_metrics() for k, v in self.metric(s, name).items()}
     found = {k: v for k, v in found.items() if np.isscalar(v)}
     return self.called(found) | self.get(s).seconds
 
@@ -639,9 +663,10 @@ def metric_of(
     n_jobs: int = 2,  # processes
 ) -> list:            # one dict for each run
     "A metric of many runs, in parallel where it is not known yet."
-    lent = _lent(store)
-    asked = [delayed(_metric)(lent, s, name) for s in specs]
-    return _answers(_in_parallel(store, asked, n_jobs, name))
+    lent, todo = _lent(store), [s for s in specs if not store.knows(s, name)]
+    asked = [delayed(_metric)(lent, s, name) for s in todo]
+    _answers(_in_parallel(store, asked, n_jobs, name))
+    return [store.metric(s, name) for s in specs]
 
 def _metric(store, s, name):
     with _worker(store, s, name) as here: return here.metric(s, name)
@@ -852,6 +877,7 @@ def make_runs(
         raise StoreError('\n'.join([f'{len(failed)} of {asked} runs failed; the others '
                                     'are stored.', *failed[:5]]))
     judged = [s for s in specs if judge and s.start == 'pretrain' and not s.prepared]
+    judged = [s for s in judged if not all(store.knows(s, m) for m in plain_metrics())]
     broken = _stage(store, judged, _judge, 'measuring', n_jobs)
     if broken: raise StoreError('\n'.join(broken[:5]))
 
@@ -890,10 +916,17 @@ def question(
         return fn
     return declare
 
+def _key(fn, s, options):
+    return dict(version=fn.version, spec=s.model_dump(mode='json'), options=options)
+
+def _ask(store, fn, s, options):
+    # the answer, from the store or found out here
+    find = lambda: fn(store, s, **options)
+    return store.cached(fn.__name__, _key(fn, s, options), find, fn)
+
 def _answer(store, fn, s, options):
-    key = dict(version=fn.version, spec=s.model_dump(mode='json'), options=options)
-    with _worker(store, s, fn.__name__) as here:
-        return here.cached(fn.__name__, key, lambda: fn(here, s, **options), fn)
+    # the same in a worker
+    with _worker(store, s, fn.__name__) as here: return _ask(here, fn, s, options)
 
 def measure(
     store: RunStore,
@@ -902,9 +935,11 @@ def measure(
     label: str = 'measuring', n_jobs: int = 2,
 ) -> list:               # answers, in the order of the jobs
     "What `fn` finds out about runs, in parallel, each answer kept in the store."
-    lent = _lent(store)
-    asked = [delayed(_answer)(lent, fn, s, o) for s, o in jobs]
-    return _answers(_in_parallel(store, asked, n_jobs, label))
+    stored = lambda s, o: store.answer(fn.__name__, _key(fn, s, o)).exists()
+    lent, todo = _lent(store), [x for x in jobs if not stored(*x)]
+    asked = [delayed(_answer)(lent, fn, s, o) for s, o in todo]
+    _answers(_in_parallel(store, asked, n_jobs, label))
+    return [_ask(store, fn, s, o) for s, o in jobs]
 
 # %% ../nbs/api/runs.ipynb #94f4029f
 def open_store(

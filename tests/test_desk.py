@@ -225,9 +225,19 @@ def test_a_changed_ledger_is_detected(desk, office):
         f.write_text(text + '\n')
         with pytest.raises(StoreError, match='ledger.jsonl: line'): lines_of(desk)
         assert run(['show', str(desk / 'kit')]) == 1
-    f.write_text(one + '\n')   # the end is cut off: the model in use is not its last
+    for text in (one + '\n', ''):   # its end is cut off, or all of it
+        f.write_text(text)
+        with pytest.raises(StoreError, match='the last request is not there'):
+            ask(desk, office, 2, 'm4', weights=str(desk / 'm3.safetensors'))
+    f.unlink()
+    with pytest.raises(StoreError, match='ledger.jsonl: line 1 is missing'):
+        ask(desk, office, 2, 'm4')
+    (desk / 'kit/ledger.head').unlink()   # as kits were before: the model tells
+    f.write_text(one + '\n')
     with pytest.raises(DataError, match='is not the model after request 1'):
         ask(desk, office, 2, 'm4', weights=str(desk / 'm3.safetensors'))
+    f.write_text(f'{one}\n{two}\n')
+    assert ask(desk, office, 2, 'm4')['number'] == 3
 
 
 def test_several_portraits_of_several_people(desk, office):
