@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import os
+import time
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -31,7 +32,7 @@ from oneshui.methods import input_covariance, input_rows, projected_layers
 from oneshui.metrics import Outputs, batch_score, mean_average_precision
 from oneshui.portraits import draw_person, draw_photo, render, write_portraits
 from oneshui.presets import load_preset
-from oneshui.runs import RunStore, file_sha, metric_of, run_grid
+from oneshui.runs import RunStore, file_sha, make_runs, metric_of, run_grid
 from oneshui.scale import step_flops
 from oneshui.vit import (TrainSpec, normalise, optimiser, predict, scheduled,
                          train_epoch)
@@ -230,6 +231,35 @@ def store_of_many(small, repeat):
     return dict(store_find_seconds=found, store_table_seconds=read)
 
 
+def trainings(store, preset, n):
+    "Wall seconds of so many trainings, two at a time."
+    runs = [store.spec(preset, 'mufac', 2, k, 'pretrain') for k in range(n)]
+    start = time.perf_counter()
+    make_runs(store, runs, judge=False)
+    return time.perf_counter() - start
+
+
+def engines(small, repeat):
+    "Two workers of a Dask cluster against joblib's own two, on the same trainings."
+    from distributed import LocalCluster
+    p, n = load_preset('smoke'), 2 if small else 8
+    p = p.model_copy(update=dict(train=p.train.model_copy(update=dict(
+        epochs=1 if small else 40))))
+    data = write_portraits(ROOT / 'data', **p.portraits)
+    def taken(cluster):
+        with TemporaryDirectory() as folder:
+            store = RunStore(folder, data)
+            store.cluster = cluster
+            return trainings(store, p, n)
+    times = dict(joblib=[], dask=[])
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=':0') as c:
+        address = dict(joblib=None, dask=c.scheduler_address)
+        for cluster in address.values(): taken(cluster)   # workers start, import
+        for _ in range(repeat):
+            for k, cluster in address.items(): times[k].append(taken(cluster))
+    return dict(dask_speed_of_joblib=ratio(times['joblib'], times['dask']))
+
+
 def from_chapter(notebook, name, **known):
     "A function that a chapter defines and does not export; `known`: what it calls."
     cells = json.loads((ROOT / 'nbs' / notebook).read_text())['cells']
@@ -297,7 +327,7 @@ def loader(small, repeat):
 
 ROWS = dict(limits=limits, memory=memory, attack=attack, episodes=episodes,
             scores=scores, loader=loader, large=large, pgu=pgu, evaluation=evaluation,
-            reproduction=reproduction, store=store_of_many)
+            reproduction=reproduction, store=store_of_many, engines=engines)
 
 
 def measured(names, small=False, repeat=5):

@@ -28,12 +28,13 @@ def test_rows_are_ratios_of_what_was_measured(monkeypatch):
     monkeypatch.setattr(benchmark, 'extra_memory', lambda world, cases: [
         taken[form](n) for form, _, n in cases])
     threads = torch.get_num_threads()
-    try: found = dict(benchmark.measured(benchmark.ROWS, small=True, repeat=1))
+    rows = [r for r in benchmark.ROWS if r != 'engines']   # test_cluster has those
+    try: found = dict(benchmark.measured(rows, small=True, repeat=1))
     finally: torch.set_num_threads(threads)
     assert found['meta_step_memory_ratio'] == 5. and found['memory_growth_1_16'] == 1.
     assert all(v > 0 for v in found.values())
     published = {k for k in json.loads(PUBLISHED.read_text()) if '_mb_' not in k}
-    assert published <= {*found}, 'no number is published that nobody can measure'
+    assert published <= {*found, 'dask_speed_of_joblib'}, 'no number is published that nobody can measure'
     calls = []
     alternate({k: lambda k=k: calls.append(k) for k in 'ab'}, repeat=3)
     assert ''.join(calls) == 'ab' * 4
