@@ -296,6 +296,7 @@ def draw_methods(
             ax.annotate(title_of(m), (row.bytes, row[y]), (place, -9 if i % 2 else 4),
                         ha=side, fontsize=7, textcoords='offset points')
 
+# %% ../nbs/18_kept.ipynb #fe242427
 def draw_ends(
     axes, ends: dict,   # 'pretrain', 'retrain_again' -> seen
     ceiling: float,     # gain of the second Retrain

@@ -73,6 +73,7 @@ def read_ledger(
     if last in (previous, *(line.hash for line in lines)): return lines
     raise tampered(file, len(lines) + 1, 'is missing: the last request is not there')
 
+# %% ../nbs/api/ledger.ipynb #739c04cd
 def head_of(
     file: Path,  # ledger.jsonl
 ) -> Path:

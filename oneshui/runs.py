@@ -583,6 +583,7 @@ def answer(self: RunStore,
     "Where a small result lies, or will."
     return self.root / 'results' / f'{name}-{digest(key)}.json'
 
+# %% ../nbs/api/runs.ipynb #d65eb44a
 @patch
 def cached(self: RunStore,
     name: str, key: dict,  # everything that determines the result
@@ -626,6 +627,7 @@ def metric(self: RunStore,
     make = lambda: m.fn(seen(s), **{n: seen(self.related(s, n)) for n in m.needs})
     return self.cached(f'metric-{name}', key, make, m.fn)
 
+# %% ../nbs/api/runs.ipynb #816b4497
 @patch
 def knows(self: RunStore,
     s: RunSpec,
@@ -648,6 +650,7 @@ def metrics(self: RunStore,
     found = {k: v for k, v in found.items() if np.isscalar(v)}
     return self.called(found) | self.get(s).seconds
 
+# %% ../nbs/api/runs.ipynb #e9e9bc3c
 @patch
 def called(self: RunStore,
     found: dict,  # name -> number
@@ -825,6 +828,9 @@ def _attempt(do, store, s, label):
 # %% ../nbs/api/runs.ipynb #6b5adf4f
 def _get(store, s): store.get(s)
 def _judge(store, s): store.metrics(s)
+def _unknown(store, runs):
+    # those of which a metric is not stored
+    return [s for s in runs if not all(store.knows(s, m) for m in plain_metrics())]
 
 def _stage(store, todo, do, label, n_jobs):
     # one kind of work for many runs; what went wrong, one line each
@@ -876,9 +882,8 @@ def make_runs(
     if failed:
         raise StoreError('\n'.join([f'{len(failed)} of {asked} runs failed; the others '
                                     'are stored.', *failed[:5]]))
-    judged = [s for s in specs if judge and s.start == 'pretrain' and not s.prepared]
-    judged = [s for s in judged if not all(store.knows(s, m) for m in plain_metrics())]
-    broken = _stage(store, judged, _judge, 'measuring', n_jobs)
+    whole = [s for s in specs if judge and s.start == 'pretrain' and not s.prepared]
+    broken = _stage(store, _unknown(store, whole), _judge, 'measuring', n_jobs)
     if broken: raise StoreError('\n'.join(broken[:5]))
 
 # %% ../nbs/api/runs.ipynb #29f66e41
@@ -928,6 +933,7 @@ def _answer(store, fn, s, options):
     # the same in a worker
     with _worker(store, s, fn.__name__) as here: return _ask(here, fn, s, options)
 
+# %% ../nbs/api/runs.ipynb #3d7aa3d7
 def measure(
     store: RunStore,
     fn,                  # a function declared by `question`

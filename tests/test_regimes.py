@@ -1,13 +1,12 @@
 """Worlds: what they change, what is said of them, and where a step points."""
-import json
-
 import numpy as np
 import pandas as pd
 import pytest
 
 from oneshui.experiments import compare_arms
-from oneshui.regimes import (World, points, searched, settle, step_direction,
-                             with_more_requests)
+from oneshui.regimes import (PUBLISHED, World, longer, points, searched, settle,
+                             step_direction, with_more_requests)
+from oneshui.tuning import with_settings
 
 
 def test_a_world_differs_in_what_it_says_and_in_nothing_else(
@@ -52,14 +51,15 @@ def test_one_step_of_ascent_points_where_the_portraits_do(smoke, shared):
 
 def test_more_simulated_requests_are_more_passes_over_the_people(smoke, shared):
     few, cell = smoke.model_copy(update=dict(requests=1)), ('celeba', 2)
-    t = with_more_requests(shared, few, cell, [0], (6, 12), n_jobs=1)
-    assert t.kind.value_counts().to_dict() == dict(candidate=8, world=3)
-    seen = t[t.kind == 'world'].set_index('label')
-    assert seen.requests['6'] < seen.requests['12'] == seen.requests['as published']
-    chosen = json.loads(t[t.chosen == True].hyper.item())   # noqa: E712 (NaN too)
-    settings = seen.hyper.map(json.loads)
-    assert all(settings['12'][k] == chosen[k] for k in ('lr', 'eta'))
-    assert settings['as published']['eta'] == .1
-    for label, s in settings.items():
-        made = shared.prepared(shared.spec(few, *cell, 0, 'metaunlearn', s))[0]
+    t = longer(shared, few, cell, 6, n_jobs=1)
+    assert len(t) == 8 and t.A_last.gt(0).all() and t.A_first.nunique() > 1
+    tuned = with_settings(few, t)
+    seen = with_more_requests(shared, tuned, cell, [0], 12, 1).set_index('label')
+    found = tuned.hyper('celeba', 'metaunlearn', 2)
+    epochs = dict(epochs=int(seen.requests.iloc[0]) // 6)
+    assert epochs['epochs'] == 2 > found['epochs'] == 1
+    for label, s in dict(metaunlearn={}, **{'as published': PUBLISHED}).items():
+        spec = shared.spec(few, *cell, 0, 'metaunlearn', found | s | epochs)
+        assert shared.has(spec)
+        made = shared.prepared(spec)[0]
         assert len(made['history']) == seen.requests[label]
