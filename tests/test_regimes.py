@@ -56,10 +56,10 @@ def test_more_simulated_requests_are_more_passes_over_the_people(smoke, shared):
     tuned = with_settings(few, t)
     seen = with_more_requests(shared, tuned, cell, [0], 12, 1).set_index('label')
     found = tuned.hyper('celeba', 'metaunlearn', 2)
-    epochs = dict(epochs=int(seen.requests.iloc[0]) // 6)
+    epochs = dict(epochs=int(seen.simulated.iloc[0]) // 6)
     assert epochs['epochs'] == 2 > found['epochs'] == 1
     for label, s in dict(metaunlearn={}, **{'as published': PUBLISHED}).items():
         spec = shared.spec(few, *cell, 0, 'metaunlearn', found | s | epochs)
         assert shared.has(spec)
         made = shared.prepared(spec)[0]
-        assert len(made['history']) == seen.requests[label]
+        assert len(made['history']) == seen.simulated[label]
