@@ -668,7 +668,7 @@ def metric_of(
     "A metric of many runs, in parallel where it is not known yet."
     lent, todo = _lent(store), [s for s in specs if not store.knows(s, name)]
     asked = [delayed(_metric)(lent, s, name) for s in todo]
-    _answers(_in_parallel(store, asked, n_jobs, name))
+    _complete(_in_parallel(store, asked, n_jobs, name))
     return [store.metric(s, name) for s in specs]
 
 def _metric(store, s, name):
@@ -904,12 +904,12 @@ def run_grid(
                          for key, m in found.items() for name, value in m.items()])
 
 # %% ../nbs/api/runs.ipynb #b2679e53
-def _answers(found):
-    # all of them, or an error
+def _complete(found):
+    # an error unless every answer has come
     lost = [e for e in found if isinstance(e, Lost)]
-    if not lost: return found
-    raise StoreError(f'{len(lost)} of {len(found)} answers are missing, the others are '
-                     f'stored: {lost[0]}')
+    if lost:
+        raise StoreError(f'{len(lost)} of {len(found)} answers are missing, the others '
+                         f'are stored: {lost[0]}')
 
 # %% ../nbs/api/runs.ipynb #66a21ed3
 def question(
@@ -944,7 +944,7 @@ def measure(
     stored = lambda s, o: store.answer(fn.__name__, _key(fn, s, o)).exists()
     lent, todo = _lent(store), [x for x in jobs if not stored(*x)]
     asked = [delayed(_answer)(lent, fn, s, o) for s, o in todo]
-    _answers(_in_parallel(store, asked, n_jobs, label))
+    _complete(_in_parallel(store, asked, n_jobs, label))
     return [_ask(store, fn, s, o) for s, o in jobs]
 
 # %% ../nbs/api/runs.ipynb #94f4029f
