@@ -277,7 +277,7 @@ def plot_kept(
             ax.plot(u.bytes, u[y], 'o-', color=colour, ms=4, lw=1, label=o)
         axes[0].errorbar(u.bytes, u.difference, u.difference_half, color=colour,
                          lw=.6, ls='', alpha=.5)
-    half = at.difference_half.fillna(0).clip(upper=15)   # longer ones leave the panel
+    half = at.difference_half.fillna(0).clip(upper=15)   # longer ones are cut
     axes[0].set_ylim(room_for(pd.concat([at.difference - half, at.difference + half])))
     draw_methods(axes, at[at.index.isin([*METHODS])])
     draw_ends(axes, ends, at.difference.get('retrain_again'), at.bytes['scrub'])
