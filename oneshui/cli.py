@@ -193,7 +193,9 @@ def do_show(
         print(f'{x.number}  {x.when}  step {100 * x.moved:.3f} %  {x.after[:12]}  '
               + '; '.join(x.notes))
     print(limits(kit, lines[-1].path if lines else 0.)[1])
-    print(f'{len(lines)} requests; every hash of the ledger is as it was written.')
+    last = lines[-1].hash if lines else kit_sha(folder)
+    print(f'{len(lines)} requests; every hash of the ledger is as it was written. The last, '
+          f'to be kept elsewhere: {last[:16]}')
 
 # %% ../nbs/api/cli.ipynb #0acd49f5
 RATES_SAID = dict(fpr='false-positive rate that the controls carry',

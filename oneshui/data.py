@@ -300,7 +300,7 @@ def make_request(
 def as_rgb(
     im: Image.Image,   # as it was opened
 ) -> tuple:            # RGB image, list of what was done to it
-    "Upright, eight bits, three channels. Raises `ValueError` for brightness in floats."
+    "Upright, eight bits, three channels. Raises `ValueError` for brightness in floats, or in more or fewer than 16 bits."
     done, turned = [], ImageOps.exif_transpose(im)
     if turned.size != im.size or im.getexif().get(0x0112, 1) != 1:
         done.append('turned as its EXIF says')
@@ -308,7 +308,10 @@ def as_rgb(
     if im.mode == 'F': raise ValueError('floating-point pixels; save it as PNG or JPEG')
     if im.mode.startswith('I'):
         a = np.asarray(im).astype(np.int64)
-        im = Image.fromarray((a >> 8).clip(0, 255).astype(np.uint8))
+        if a.min() < 0 or not 4096 <= a.max() < 65536:   # 32 bits, 12, or 8 in disguise
+            raise ValueError(f'whole numbers from {a.min()} to {a.max()} where 16 bits '
+                             'were expected; save it as PNG or JPEG of 8 bits')
+        im = Image.fromarray((a >> 8).astype(np.uint8))
         done.append('16 bits reduced to 8')
     if im.mode in ('RGBA', 'LA', 'PA') or 'transparency' in im.info:
         im = im.convert('RGBA')

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import nn
 from .core import DataError, NumbersError, PresetError, Spec, file_sha
-from .handlers import check_weights, from_anywhere, write_weights
+from .handlers import (check_weights, from_anywhere, named_as, names_in,
+                              write_weights)
 from .kit import Kit, features_of, kit_sha, read_kit, untypical
 from .ledger import (Line, appear_together, head_of, one_at_a_time, read_ledger,
                             salted, signed)
@@ -218,7 +219,8 @@ def forget(
         line = new_line(a, kit, lines, path, hashes, labels, moved(θ_u, model))
         report = facts(kit, line, model, θ_u, (S, notes), checks, state)
         report['seconds'] = round(time.perf_counter() - start, 2)
-        write_all(folder, targets, lines, line, θ_u, report, kit)
+        tensors = named_as(θ_u.net, names_in(path))
+        write_all(folder, targets, lines, line, tensors, report, kit)
     say(in_short(report, targets))
     return report
 
@@ -262,8 +264,12 @@ def facts(
         dict(name=n, notes=[]) | row
         for n, row in zip(checks[1], looked_at(model, θ_u, checks[0], kit))]
     people = len(set(line.people)) or len(rows)
-    return of_the_kit(kit, line, people, [said for _, said in far if said]) | dict(
-        portraits=rows, checks=seen, not_checked=not_checked(kit, len(seen)))
+    warnings = [said for _, said in far if said]
+    if len(rows) > 1 and not line.people:
+        warnings.append('Nobody said whose these portraits are (--person): each counts '
+                        'as somebody else\'s.')
+    return of_the_kit(kit, line, people, warnings) | dict(
+        portraits=rows, checks=seen, not_checked=not_checked(kit, len(seen), line.number))
 
 # %% ../nbs/15_forget.ipynb #e14df314
 def of_the_kit(
@@ -276,7 +282,7 @@ def of_the_kit(
         warnings.append(f'The rehearsal played requests of {kit.rehearsal.people}, '
                         f'and this one is of {people}: what to expect may not hold.')
     mid = {k: v[10] for k, v in kit.reference.loss.items()}
-    return line.model_dump(exclude={'portraits', 'people', 'notes', 'hash'}) | dict(
+    return line.model_dump(exclude={'portraits', 'people', 'notes', 'hash', 'weights'}) | dict(
         promise=kit.promise, method=METHODS[kit.method].title, people=people,
         warnings=warnings, limits=words, reference=mid,
         own_answers=cost_of_own_answers(kit), expected=expected(kit, line.labels),
@@ -285,13 +291,14 @@ def of_the_kit(
 
 # %% ../nbs/15_forget.ipynb #5c0c6c41
 def write_all(
-    folder: Path, targets: list, lines: list, line: Line, θ_u: nn.Module,
+    folder: Path, targets: list, lines: list, line: Line,
+    tensors: dict,   # the new weights
     report: dict, kit: Kit,
 ):
     "Weights first: the other files name their hash."
     svg = picture(kit, line.moved, line.path)
     def weights(part):
-        write_weights(θ_u.net.state_dict(), part)
+        write_weights(tensors, part)
         report['after'] = file_sha(part)
     new = lambda: signed(line.model_copy(update=dict(
         after=report['after'], notes=report['warnings'])))

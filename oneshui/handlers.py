@@ -5,13 +5,16 @@
 # %% auto #0
 __all__ = ['LIBRARIES', 'CONVERT', 'WRAPPERS', 'Preprocessing', 'preprocessing', 'from_timm', 'from_torchvision',
            'from_transformers', 'parts_of', 'beside', 'module_of', 'from_function', 'build', 'check_weights',
-           'read_weights', 'unwrapped', 'write_weights', 'renamed', 'fill', 'last_linear', 'outputs_in', 'logits_in',
-           'fed', 'Classifier', 'find_head', 'check_answer', 'checked', 'ModelSource', 'from_anywhere', 'open_model']
+           'read_weights', 'unwrapped', 'write_weights', 'renamed', 'names_in', 'as_saved', 'named_as', 'fill',
+           'last_linear', 'outputs_in', 'logits_in', 'fed', 'Classifier', 'find_head', 'check_answer', 'checked',
+           'check_on_images', 'ModelSource', 'from_anywhere', 'open_model']
 
 # %% ../nbs/api/handlers.ipynb #1c46ba50
 import difflib, importlib, importlib.util, json, math, sys
 from contextlib import contextmanager
+from itertools import permutations
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 import numpy as np, timm, torch
 from PIL import Image
@@ -262,12 +265,15 @@ def build(
         raise PresetError(f'model "{name}": a model is named timm:NAME, '
                           'torchvision:NAME, transformers:FOLDER, module:function or '
                           'path/file.py:function.')
-    if library not in LIBRARIES: return from_function(library, what, options or {})
-    try: return LIBRARIES[library](what, options or {}, outputs)
+    if library not in LIBRARIES:
+        net, *rest = from_function(library, what, options or {})
+        return net.float(), *rest   # a small step is lost in 16 bits
+    try: net, *rest = LIBRARIES[library](what, options or {}, outputs)
     except (TypeError, ValueError, RuntimeError, OSError) as e:
         if isinstance(e, PresetError): raise
         raise PresetError(f'{name} with {options} cannot be built ({e}). Change the '
                           'options.') from e
+    return net.float(), *rest
 
 # %% ../nbs/api/handlers.ipynb #744b868f
 CONVERT = ('python -c "import torch, safetensors.torch as s; w = torch.load(\'{old}\', '
@@ -321,7 +327,7 @@ def write_weights(
 ):
     "Raises `OSError`, as every other file does, where the disk is full."
     own = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    try: save_file(own, path)
+    try: save_file(own, path, metadata=dict(format='pt'))   # transformers wants it
     except SafetensorError as e: raise OSError(f'{path}: {e}') from e
 
 # %% ../nbs/api/handlers.ipynb #f09c3c6d
@@ -336,6 +342,34 @@ def renamed(
                                             output_loading_info=True)
     lost = found['missing_keys'] or found['unexpected_keys'] or found['mismatched_keys']
     return tensors if lost else same.state_dict()
+
+# %% ../nbs/api/handlers.ipynb #34867d80
+def names_in(
+    path: str | Path,   # a .safetensors file
+) -> set:
+    "Of its tensors."
+    with safe_open(check_weights(path), 'pt') as f: return {*f.keys()}
+
+def as_saved(
+    net: nn.Module,   # of transformers
+) -> dict:            # name -> tensor
+    "By the names that its files have."
+    with TemporaryDirectory() as d:
+        net.save_pretrained(d, max_shard_size='1000GB')
+        return load_file(Path(d) / 'model.safetensors')
+
+def named_as(
+    net: nn.Module,
+    names: set,   # from `names_in` the file that was read into it
+) -> dict:        # name -> tensor
+    "A network's tensors by the names of its file; by its own where these do not fit."
+    own = net.state_dict()
+    before = [''.join(w) for n in range(3) for w in permutations(WRAPPERS, n)]
+    forms = [{w + k: v for k, v in own.items()} for w in before]
+    if not any(names <= {*f} for f in forms) and hasattr(net, 'save_pretrained'):
+        forms.append(as_saved(net))
+    fits = next((f for f in forms if names <= {*f}), None)
+    return own if fits is None else {k: fits[k] for k in names}
 
 # %% ../nbs/api/handlers.ipynb #bf98fad4
 def fill(
@@ -358,8 +392,8 @@ def fill(
                           f'{"; ".join(wrong[:3])}. Name the model and the options '
                           'that it was trained with.')
     masks = {k for k, _ in net.named_buffers()}   # those may hold -inf
-    bad = [k for k, v in tensors.items()
-           if (v != v).any() or (v.abs() == torch.inf).any() and k not in masks]
+    bad = [k for k, v in tensors.items() if v.is_floating_point() and (
+           (v != v).any() or (v.abs() == torch.inf).any() and k not in masks)]
     if bad: raise PresetError(f'{path}: {bad[0]} holds NaN or infinity. Restore it.')
     net.load_state_dict(tensors, strict=False)
 
@@ -485,6 +519,29 @@ def checked(
     model = Classifier(net, find_head(net, x, out.shape[1]))
     model.outputs = out.shape[1]
     return model
+
+# %% ../nbs/api/handlers.ipynb #87c118a7
+@torch.no_grad()
+def check_on_images(
+    model: Classifier,
+    x: torch.Tensor,   # some of the user's images, normalised
+    name: str,         # of the model, for messages
+):
+    "Raise `PresetError` for answers that hang on the batch, or are probabilities."
+    z, few = model(x), x[:4]
+    try: alone = torch.cat([model(one[None]) for one in few])
+    except Exception as e:   # code of others
+        raise PresetError(f'{name}: runs on {len(x)} images and not on one '
+                          f'({type(e).__name__}: {str(e)[:200]}), and a letter brings '
+                          'one portrait.') from e
+    if (alone - model(few)).abs().max() > 1e-3 * (1 + z.abs().max()):
+        raise PresetError(f'{name}: answers an image alone otherwise than in a batch. '
+                          'Has a batch norm no running statistics, or does dropout go '
+                          'on in eval mode? A portrait comes alone.')
+    every = torch.cat([z, model(-10 * few), model(10 * few)])   # logits go further
+    if ((every >= 0) & (every <= 1)).all():
+        raise PresetError(f'{name}: all answers lie between 0 and 1: probabilities, '
+                          'where logits are wanted. Leave out its sigmoid.')
 
 # %% ../nbs/api/handlers.ipynb #18da70b9
 class ModelSource(Spec):

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['QUANTILES', 'quantiles', 'margins', 'features_of', 'untypical', 'DataCard', 'Reference', 'Rehearsed', 'Kit',
-           'state_sizes', 'today', 'versions', 'check_place', 'write_kit', 'read_kit', 'kit_sha', 'readable']
+           'state_sizes', 'today', 'versions', 'check_place', 'digest_of', 'write_kit', 'read_kit', 'kit_sha',
+           'readable']
 
 # %% ../nbs/api/kit.ipynb #b19eb7ff
-import datetime, os
+import datetime, hashlib, os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 import numpy as np, torch
@@ -109,6 +110,7 @@ class Kit(Spec):
     sizes: dict[str, int]    # bytes of the kit, of what other methods would keep
     seconds: float           # that preparing took
     salt: str                # of the hashes in the ledger
+    own_sha: str = ''        # of everything else here
     state_sha: str
 
 # %% ../nbs/api/kit.ipynb #b4b7b2e0
@@ -147,6 +149,14 @@ def check_place(
     return free_place(folder, '--kit', 'a kit is not overwritten, requests may hang on '
                                        'it')
 
+# %% ../nbs/api/kit.ipynb #56973dd4
+def digest_of(
+    kit: Kit,
+) -> str:   # 64 hex digits
+    "Of everything that a kit says but this."
+    said = kit.model_copy(update=dict(own_sha='')).model_dump_json()
+    return hashlib.sha256(said.encode()).hexdigest()
+
 # %% ../nbs/api/kit.ipynb #976f4b3e
 def write_kit(
     folder: str | Path,
@@ -158,9 +168,11 @@ def write_kit(
         tensors = part / 'state.safetensors'
         write_weights(state, tensors)
         sizes = {'this kit': 0} | table['sizes']   # known when it is written
-        kit = Kit(**table | dict(sizes=sizes), state_sha=file_sha(tensors))
+        kit = Kit(**table | dict(sizes=sizes), state_sha=file_sha(tensors),
+                  own_sha='0' * 64)
         text = len(kit.model_dump_json(indent=1).encode())
         kit.sizes['this kit'] = text + os.path.getsize(tensors)
+        kit = kit.model_copy(update=dict(own_sha=digest_of(kit)))
         (part / 'kit.json').write_text(kit.model_dump_json(indent=1))
         read_kit(part)   # what cannot be read is not handed out
     return kit
@@ -180,6 +192,9 @@ def read_kit(
         why = '; '.join(map(in_words, e.errors()[:3])) if hasattr(e, 'errors') else e
         raise StoreError(f'{f}: cannot be understood ({why}). Restore it from a copy, '
                          'or prepare again while the data is there.') from e
+    if kit.own_sha and kit.own_sha != digest_of(kit):
+        raise StoreError(f'{f}: was changed after it was written. Restore the whole '
+                         'folder from a copy.')
     s = folder / 'state.safetensors'
     if not s.is_file() or file_sha(s) != kit.state_sha:
         raise StoreError(f'{s}: is not what kit.json was written with. Restore the '

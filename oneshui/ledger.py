@@ -49,7 +49,7 @@ def signed(
 def salted(
     name: str, salt: str,
 ) -> str:   # 16 hex digits
-    "A name that only somebody with the kit can compare, and nobody can read."
+    "A name that can be compared with the kit at hand, and whoever has it can try names."
     same = unicodedata.normalize('NFKC', name).strip().casefold()   # one way for é
     return hashlib.sha256(f'{salt} {same}'.encode()).hexdigest()[:16]
 
@@ -61,7 +61,8 @@ def read_ledger(
     "All requests so far. Raises `StoreError` naming the first line that is not right."
     file, lines, previous = Path(file), [], kit
     text = file.read_text() if file.exists() else ''
-    for n, text in enumerate(text.splitlines(), 1):
+    rows = text.removesuffix('\n').split('\n') if text else []   # a path may hold U+2028
+    for n, text in enumerate(rows, 1):
         try: line = Line.model_validate_json(text)
         except ValidationError as e: raise tampered(file, n, 'cannot be read') from e
         if line.hash != line_hash(line): raise tampered(file, n, 'was changed')
@@ -111,14 +112,18 @@ def recover(
     "Finish what was decided, undo what was not."
     done, begun = folder / DONE, folder / OPEN
     if done.exists():
-        for t in map(Path, json.loads(done.read_text())):
+        for t in (folder / t for t in json.loads(done.read_text())):
             if part_of(t).exists(): os.replace(part_of(t), t)
+            elif not t.exists():
+                raise StoreError(f'{t}: is to be finished, and neither it nor '
+                                 f'{part_of(t).name} is there. Was a folder moved? Put '
+                                 'it back once, and say this again.')
             flush(t.parent)   # its name too, before the journal goes
         done.unlink()
     if begun.exists():
         try: targets = json.loads(begun.read_text())
         except ValueError: targets = []   # killed while it was written: no part yet
-        for t in map(Path, targets):
+        for t in (folder / t for t in targets):
             with suppress(OSError): part_of(t).unlink(missing_ok=True)
         begun.unlink()
 
@@ -129,7 +134,8 @@ def appear_together(
 ):
     "All files, or none, wherever the computer stops."
     begun = folder / OPEN
-    begun.write_text(json.dumps([str(t) for t in files]))
+    mine = lambda t: t.relative_to(folder) if t.is_relative_to(folder) else t
+    begun.write_text(json.dumps([str(mine(t)) for t in files]))
     flush(begun)
     try:
         for target, write in files.items():

@@ -6,7 +6,8 @@
 __all__ = ['Few', 'Seed', 'METASTEP', 'RETRAIN', 'AGAIN', 'ASSUMED', 'UNLABELLED', 'CROWD', 'Asked', 'asked', 'settings',
            'recipe', 'check_chooser', 'open_bench', 'answered', 'few_people', 'statistics', 'seconds_needed',
            'quickest', 'in_words_of_time', 'with_state', 'learn', 'arms_of', 'train_anew', 'against_retrain',
-           'retrained', 'opening', 'prepare', 'rounded', 'rehearsed', 'about', 'office_table', 'office', 'train_office']
+           'retrained', 'opening', 'as_known', 'prepare', 'rounded', 'rehearsed', 'about', 'office_table', 'office',
+           'train_office']
 
 # %% ../nbs/14_prepare.ipynb #9c9213df
 import os, time
@@ -19,13 +20,15 @@ from pydantic import Field, ValidationError
 from torch import nn
 from .core import DataError, PresetError, Spec, device_of, file_sha, project_root
 from .data import Faces, Pixels, make_request, portrait
-from .handlers import build, fill, open_model, read_weights, write_weights
+from .handlers import (build, check_on_images, fill, open_model, read_weights,
+                              write_weights)
 from .kit import (DataCard, Kit, Reference, Rehearsed, check_place, features_of,
                          margins, quantiles, state_sizes, today, untypical,
                          versions, write_kit)
 from .methods import METHODS, in_words, one_shot, read_as
 from .metrics import score, task_loss, tug_of_war
-from .photos import People, Photos, PhotoSet, read_people, refuse_recogniser
+from .photos import (People, Photos, PhotoSet, copies, read_people,
+                            refuse_recogniser)
 from .portraits import write_portraits
 from .presets import Preset, for_request, load_preset
 from .readers import read_celeba
@@ -122,7 +125,11 @@ def open_bench(
         people = answered(people, photos, model)
         refuse_recogniser(people.faces, people.rows('train'))
     if a.retrain: check_chooser(people.faces, people.rows('val'))
-    return Bench(people, photos, model, {}, a.sample), source, path
+    bench = Bench(people, photos, model, {}, a.sample)
+    some = np.random.default_rng(a.seed).permutation(people.rows('train'))[:32]
+    x, _ = bench.set(some).tensors(device=device_of(model))
+    check_on_images(model, x, source.name)
+    return bench, source, path
 
 # %% ../nbs/14_prepare.ipynb #2379c6d6
 def answered(
@@ -175,8 +182,9 @@ def seconds_needed(
     x, y = D.tensors(device=device_of(bench.model))
     def look_at_it():
         with torch.no_grad(): return bench.model(x)
-    step = quickest(lambda: task_loss(bench.model(x), y).backward()) / len(x)
-    only_look = quickest(look_at_it) / len(x)
+    reading = quickest(lambda: D.tensors()) / len(x)
+    step = quickest(lambda: task_loss(bench.model(x), y).backward()) / len(x) + reading
+    only_look = quickest(look_at_it) / len(x) + reading
     bench.model.zero_grad()
     val = len(bench.people.rows('val'))
     learn = (30 * 96 + (8 * 8 * 96 + 6 * 9 * 144) / 3) * 2
@@ -299,10 +307,30 @@ UNLABELLED = ('No labels are given: the model\'s own answers stand for them, one
 def opening(
     people: People,
     needs: str,   # how long it takes
+    done: dict,   # what was done to images -> to how many
+    plays: int, wanted: int,   # requests that can be played, that shall be
 ) -> str:
     "What is said before the work begins."
-    said = f'{people.faces}. Preparing takes about {needs}, without retraining.'
-    return said + f' {ASSUMED}' * people.assumed + f' {UNLABELLED}' * people.own_labels
+    said = [f'{people.faces}. Preparing takes about {needs}, without retraining.']
+    said += [ASSUMED] * people.assumed + [UNLABELLED] * people.own_labels
+    said += [f'{n:,} images were {what}: was it so in training, too?'
+             for what, n in done.items()]
+    if len(twice := copies(people)):
+        said.append(f'{len(twice)} files that count as never seen are copies of files '
+                    f'in train; the first is {people.faces.paths[twice[0]]}.')
+    if plays < wanted:
+        said.append(f'Only {plays} of {wanted} requests can be played: more people '
+                    'with several images, or with a portrait, are needed.')
+    return ' '.join(said)
+
+def as_known(
+    score: dict,   # of members and strangers; None: there is none
+) -> str:
+    "What the model is worth here: is that what its makers know?"
+    said = ' and '.join(f'{v:.1f} on {k}' for k, v in score.items() if v is not None)
+    return (f'The model scores {said or "nothing that can be measured"}. If that is '
+            'not what is known of it, labels, the order of its outputs or the '
+            'preprocessing differ from those of its training.')
 
 # %% ../nbs/14_prepare.ipynb #be4e69c8
 def prepare(
@@ -314,9 +342,11 @@ def prepare(
     bench, source, path = open_bench(a)
     rows, start = few_people(bench.people, a.images, a.seed), time.perf_counter()
     needs = in_words_of_time(seconds_needed(bench, a, len(rows)))
-    say(opening(bench.people, needs))
+    plays = len(draw_plays(bench.people, a.requests, a.people, a.seed))
+    say(opening(bench.people, needs, bench.photos.notes, plays, a.requests))
     val = bench.set(bench.people.rows('val'))
     features, reference = statistics(bench.model, bench.set(rows), val)
+    say(as_known(reference.score))
     bench.state.update(features)
     state = learn(a, bench, rows, a.method, settings(a))
     rehearsal, first_line = rehearsed(a, bench, rows, state)

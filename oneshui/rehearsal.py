@@ -65,7 +65,8 @@ def draw_plays(
     held = np.zeros_like(learned, bool)
     held[people.faces.identity[people.rows('portrait')]] = True
     able = np.flatnonzero(held & (learned > 0))   # best: a portrait that is not learned
-    if len(able) < 2 * size: able = np.flatnonzero(held | (learned > 1))
+    if len(able) < min(n, 10) * size:   # too few to say anything
+        able = np.flatnonzero(held | (learned > 1))
     if len(able) < 2 * size: raise too_few(people, len(able), 2 * size)
     able = rng.permutation(able)
     groups = [able[k:k + size] for k in range(0, len(able) - size + 1, size)][:n]

@@ -52,6 +52,7 @@ def cost_of_own_answers(
 # %% ../nbs/api/reports.ipynb #92ed41e7
 def not_checked(
     kit: Kit, checks: int,   # images that the user named
+    number: int = 1,         # of the request
 ) -> list:
     "What this report cannot know."
     said = ["The person's other training images: they are gone. What is said about "
@@ -72,6 +73,9 @@ def not_checked(
                     'of the people, by chance, were taken for strangers.')
     if kit.data.own_labels:
         said.append('Accuracy: the model\'s own answers stood in for labels.')
+    if number > 1:
+        said.append('What a request does to a model that has forgotten others before: '
+                    'the ranges above are those of the model as it was prepared.')
     if not checks: said.append('Any other image: none was named (--check).')
     return said
 

@@ -3,6 +3,7 @@ names the file, the value and the fix, before long work, and leaves nothing behi
 """
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,13 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from test_desk import made, model_of, office  # noqa: F401 (a fixture)
 
 from oneshui import preparing
 from oneshui.cli import run
+from oneshui.kit import Kit, digest_of
 
 
 @pytest.fixture(scope='module')
@@ -47,6 +50,11 @@ class Scene:
         image = image or Image.open(self.office / '0_0.png')
         image.save(self.root / name, **how)
         return str(self.root / name)
+
+    def copied(self, image, name):
+        f = self.root / name
+        f.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, f)
 
     def csv(self, t):
         t = t.copy()
@@ -97,10 +105,34 @@ def pt(s):
 
 def edit_kit(s, **change):
     f = s.root / 'kit/kit.json'
-    f.write_text(json.dumps(json.loads(f.read_text()) | change))
+    table = json.loads(f.read_text()) | change
+    with suppress(ValidationError): table['own_sha'] = digest_of(Kit(**table))
+    f.write_text(json.dumps(table))
+
+
+def promise_more(s):
+    f = s.root / 'kit/kit.json'
+    f.write_text(json.dumps(json.loads(f.read_text()) | dict(promise='It works.')))
 
 
 def grown(image): return image.resize((32, 320))
+
+
+def answering(s, what):
+    "The network of the office, its answer changed."
+    source = (s.office / 'net.py').read_text().replace(
+        'return self.head(self.body(x))', f'return {what}')
+    return s.file('other.py', source) + ':make'
+
+
+def folder_of(s, *images):
+    "People in folders, and these."
+    for part, people in dict(train='ab', val='cd').items():
+        for who in people:
+            for k in range(2): s.copied(s.office / f'{ord(who) % 7}_{k}.png',
+                                        f'own/{part}/{who}/{k}.png')
+    for path in images: s.copied(s.office / '0_0.png', f'own/{path}')
+    return str(s.root / 'own')
 
 
 PREPARE = {   # what is wrong -> (scene -> argv, what the message has to say)
@@ -138,6 +170,18 @@ PREPARE = {   # what is wrong -> (scene -> argv, what the message has to say)
         put('head.bias', torch.ones(7)))), ['head.bias is [7]', '[3] in the model']),
     'a tensor with NaN': (lambda s: s.prepare(weights=s.weights(
         put('head.bias', torch.tensor([0., float('nan'), 1.])))), ['head.bias', 'NaN']),
+    'probabilities': (lambda s: s.prepare(model=answering(
+        s, 'self.head(self.body(x)).sigmoid()')), ['other.py', 'Leave out its sigmoid']),
+    'a batch norm without statistics': (lambda s: s.prepare(model=answering(
+        s, 'self.head((z := self.body(x)) - z.mean(0))')), ['alone otherwise']),
+    'a class number that is too long': (lambda s: s.prepare(
+        table=s.with_line('age', '9' * 20)), ['9999', 'order']),
+    'one file under two paths': (lambda s: s.prepare(table=s.with_line(
+        'path', str(s.office / '..' / s.office.name / '0_1.png'))), ['second time']),
+    'a kind of image that is not read': (lambda s: s.prepare(
+        data=folder_of(s, 'train/a/2.heic')), ['2.heic', 'Save them as JPEG']),
+    'an image of nobody': (lambda s: s.prepare(data=folder_of(s, 'train/x.jpg')),
+                           ['x.jpg', 'in no folder of a person']),
     'no such table': (lambda s: s.prepare(data='gone.csv'), ['gone.csv', 'no such f']),
     'an empty table': (lambda s: s.prepare(table=s.table.iloc[:0]), ['no row']),
     'a table that is an image': (lambda s: s.prepare(data=s.file(
@@ -210,6 +254,8 @@ PREPARE = {   # what is wrong -> (scene -> argv, what the message has to say)
 
 FORGET = {
     'no such kit': (lambda s: s.forget(kit='gone'), ['gone: is no kit']),
+    'a kit with another promise': (lambda s: promise_more(s) or s.forget(),
+                                   ['kit.json', 'was changed']),
     'a kit of another format': (lambda s: edit_kit(s, state_sha=7) or s.forget(),
                                 ['kit.json', 'state_sha']),
     'a state of another kit': (lambda s: s.file('kit/state.safetensors', b'x') and
@@ -229,6 +275,12 @@ FORGET = {
         s.office / '0_0.png')))), ['s.png', 'Cut the face out']),
     'brightness in floats': (lambda s: s.forget(s.image('f.tif', Image.fromarray(
         np.random.rand(40, 40).astype(np.float32)))), ['f.tif', 'floating-point']),
+    'brightness in 32 bits': (lambda s: s.forget(s.image('i.tif', Image.fromarray(
+        np.random.default_rng(0).integers(0, 2**31, (40, 40)).astype(np.int32)))),
+        ['i.tif', '16 bits were expected']),
+    'brightness in 12 bits': (lambda s: s.forget(s.image('d.png', Image.fromarray(
+        np.arange(1600, dtype=np.uint16).reshape(40, 40)))),
+        ['d.png', 'from 0 to 1599', '8 bits']),
     'an unknown label': (lambda s: s.forget(more=['--label', 'old']),
                          ['"old"', 'Valid: 0, 1, 2']),
     'more labels than portraits': (lambda s: s.forget(

@@ -248,6 +248,15 @@ def test_several_portraits_of_several_people(desk, office):
     assert [p['label'] for p in report['portraits']] == ['0', '1', '2']
     assert report['people'] == 3
     assert any('requests of 1' in w for w in report['warnings'])
+    assert not any('--person' in w for w in report['warnings'])
+    assert 'weights' not in report, 'a path may hold a name'
+
+
+def test_it_is_said_that_nobody_said_whose_portraits_these_are(desk, office):
+    report = forget(letter(
+        kit=str(desk / 'kit'), out=str(desk / 'm2.safetensors'), labels=['0'],
+        portraits=[str(office / f'0_{k}.png') for k in (0, 1)]), print)
+    assert any('--person' in w for w in report['warnings'])
 
 
 def test_unlike_anything_is_named(desk, office, tmp_path):
@@ -349,6 +358,38 @@ def test_stopped_at_every_step_of_writing(desk, office, tmp_path, monkeypatch):
         seen.add(whole(place))
         if count[0] < at: break
     assert seen == {0, 1}, 'both ends were met'
+
+
+def test_a_kit_that_was_moved_in_between(desk, office, tmp_path, monkeypatch, capsys):
+    "What was decided is finished where the kit is now, or nothing is thrown away."
+    from oneshui import ledger
+    from oneshui.kit import kit_sha
+
+    class Died(BaseException): "Between the decision and the last renames."
+
+    def stop(folder):
+        if (folder / DONE).exists(): raise Died
+    with monkeypatch.context() as m:
+        m.setattr(ledger, 'recover', stop)
+        with pytest.raises(Died): ask(desk, office)
+    parts = list(desk.glob('.m2*.part'))
+    assert len(parts) == 3 and not lines_of(desk)
+    kit = shutil.move(desk / 'kit', desk / 'moved')
+    (desk / 'away').mkdir()
+    for p in parts: shutil.move(p, desk / 'away')
+    assert run(['show', str(kit)]) == 1
+    assert 'is to be finished' in capsys.readouterr().err and (kit / DONE).exists()
+    for p in parts: shutil.move(desk / 'away' / p.name, p)
+    assert run(['show', str(kit)]) == 0
+    assert len(read_ledger(kit / 'ledger.jsonl', kit_sha(kit))) == 1
+    assert (desk / 'm2.safetensors').exists() and not list(desk.glob('.m2*'))
+
+
+def test_the_last_hash_is_shown(desk, office, capsys):
+    ask(desk, office, out='m\u2028')   # a line separator in a path is none in the ledger
+    capsys.readouterr()
+    assert run(['show', str(desk / 'kit')]) == 0
+    assert lines_of(desk)[-1].hash[:16] in capsys.readouterr().out
 
 
 def test_two_at_once_queue_up(desk, office):

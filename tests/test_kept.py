@@ -62,6 +62,21 @@ def test_everybody_who_asks_counts_alike(shared, idle):
     assert torch.cosine_similarity(sketched, sum(each), 0) > .9999
 
 
+def test_the_control_is_as_many_people_who_stay(shared, idle):
+    model, D = shared.get(idle).model(), shared.sets(idle)
+    control = away_from(model, D, 'stay')
+    R, asked = D['retain'], np.unique(D['forget'].identity)
+    each = [task_gradient(model, R, np.flatnonzero(R.identity == who))
+            for who in np.unique(R.identity)]
+    part = torch.linalg.lstsq(torch.stack(each).T.double(), control.double()[:, None])
+    share = part.solution[:, 0]          # whose gradients were summed
+    assert torch.allclose(share, share.round(), atol=1e-3)
+    assert share.round().sum() == len(asked)
+    assert torch.equal(control, away_from(model, D, 'stay'))
+    whole = shared.get(idle), bytes_kept(shared, idle, 'gradient', 0)
+    assert bytes_kept(shared, idle, 'stay', 0) == whole[1]
+
+
 def test_the_runs_of_the_tables_keep_their_scores(smoke, shared):
     s = shared.spec(smoke, 'celeba', 2, 0, 'retrain')
     assert as_made(shared, s)['tow'] == 100

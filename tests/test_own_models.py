@@ -3,6 +3,7 @@ import json
 import unicodedata
 
 import numpy as np
+import pandas as pd
 import pytest
 import timm
 import torch
@@ -12,13 +13,14 @@ from torchvision import models
 
 from oneshui.cli import apart
 from oneshui.core import DataError, PresetError
-from oneshui.data import Faces
+from oneshui.data import Faces, make_faces
 from oneshui.handlers import (Preprocessing, _processor, from_anywhere, from_timm,
-                              from_transformers, logits_in, open_model, outputs_in,
-                              preprocessing, write_weights)
+                              from_transformers, logits_in, named_as, names_in,
+                              open_model, outputs_in, preprocessing, read_weights,
+                              write_weights)
 from oneshui.inspection import codes_of
 from oneshui.ledger import salted
-from oneshui.photos import People, read_folder, read_people
+from oneshui.photos import People, Photos, copies, read_folder, read_people
 from oneshui.preparing import check_chooser, rounded
 from oneshui.rehearsal import draw_plays
 from oneshui.reports import write_report
@@ -191,6 +193,77 @@ def test_a_person_called_test_is_not_lost_with_the_others(tmp_path):
         (tmp_path / who).mkdir()
         Image.new('RGB', (20, 20)).save(tmp_path / who / '0.png')
     with pytest.raises(DataError, match='anna: lies beside'): read_folder(tmp_path)
+
+
+def test_a_file_gets_back_the_names_it_had(tmp_path):
+    net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    own = net.state_dict()
+    for before in ('', 'module.', '_orig_mod.module.'):
+        names = {before + k for k in own}
+        again = named_as(net, names)
+        assert {*again} == names
+        assert all(torch.equal(again[before + k], v) for k, v in own.items())
+    few = {k for k in own if 'num_batches' not in k}   # an older torch
+    assert {*named_as(net, few)} == few
+    assert {*named_as(net, {'other'})} == {*own}
+    write_weights(own, tmp_path / 'w.safetensors')
+    assert names_in(tmp_path / 'w.safetensors') == {*own}
+
+
+def test_a_transformer_is_written_as_it_was_saved(tmp_path):
+    transformers = pytest.importorskip('transformers')
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16,
+        intermediate_size=16, patch_size=8, num_labels=3)
+    half = transformers.ViTForImageClassification(config).to(torch.bfloat16)
+    half.save_pretrained(tmp_path)
+    (tmp_path / 'preprocessor_config.json').write_text(json.dumps(dict(size=16)))
+    _, model, _, path = open_model(f'transformers:{tmp_path}', None)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}, 'of small steps'
+    written = named_as(model.net, names_in(path))
+    assert {*written} == names_in(path)
+    assert all(torch.equal(v, read_weights(path)[k]) for k, v in written.items())
+
+
+def test_people_are_the_same_in_either_unicode(tmp_path):
+    e, é = (unicodedata.normalize(f, 'Zoé') for f in ('NFD', 'NFC'))
+    rows = [(who, '0', 'train') for who in (e, 'b') for _ in range(2)]
+    t = table_of(tmp_path, [*rows, (é, '1', 'val'), ('d', '0', 'val')])
+    with pytest.raises(DataError, match='in train and in val'): read_people(t, 2)
+
+
+def test_more_images_than_memory_are_looked_at_all_the_same(tmp_path):
+    rows = [(who, '0', s) for who, s in (('a', 'train'), ('b', 'val')) for _ in '12']
+    t = pd.read_csv(table_of(tmp_path, rows))
+    faces = make_faces('t', tmp_path, t.path, t.identity, t.label.to_numpy(),
+                       'multiclass', ['0'])
+    prep = Preprocessing(size=(8, 8))
+    photos, kept = Photos(faces, prep, most=0), Photos(faces, prep)
+    assert photos.map is None and kept.map is not None
+    rows = torch.arange(4).numpy()
+    assert torch.equal(photos.batch(rows), kept.batch(rows))
+    (tmp_path / '3.png').write_bytes(b'no image')
+    with pytest.raises(DataError, match='3.png'): Photos(faces, prep, most=0)
+
+
+def test_copies_of_train_among_strangers_are_found(tmp_path):
+    rows = [(who, '0', s) for who, s in (('a', 'train'), ('b', 'train'), ('c', 'val'),
+                                         ('d', 'val')) for _ in '12']
+    t = table_of(tmp_path, rows)
+    assert not len(copies(read_people(t, 2)))
+    (tmp_path / '5.png').write_bytes((tmp_path / '1.png').read_bytes())
+    assert copies(read_people(t, 2)).tolist() == [5]
+
+
+def test_turned_training_images_are_counted(tmp_path):
+    t = pd.read_csv(table_of(tmp_path, [('a', '0', 'train')] * 2))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(tmp_path / '0.png').save(tmp_path / '0.png', exif=exif)
+    faces = make_faces('t', tmp_path, t.path, t.identity, t.label.to_numpy(),
+                       'multiclass', ['0'])
+    assert Photos(faces, Preprocessing(size=(8, 8))).notes == {
+        'turned as its EXIF says': 1}
 
 
 def test_a_report_holds_no_nan(tmp_path):
