@@ -194,8 +194,8 @@ def do_show(
               + '; '.join(x.notes))
     print(limits(kit, lines[-1].path if lines else 0.)[1])
     last = lines[-1].hash if lines else kit_sha(folder)
-    print(f'{len(lines)} requests; every hash of the ledger is as it was written. The last, '
-          f'to be kept elsewhere: {last[:16]}')
+    print(f'{len(lines)} requests; every hash of the ledger is as it was written. The '
+          f'last, to be kept elsewhere: {last[:16]}')
 
 # %% ../nbs/api/cli.ipynb #0acd49f5
 RATES_SAID = dict(fpr='false-positive rate that the controls carry',

@@ -300,7 +300,7 @@ def make_request(
 def as_rgb(
     im: Image.Image,   # as it was opened
 ) -> tuple:            # RGB image, list of what was done to it
-    "Upright, eight bits, three channels. Raises `ValueError` for brightness in floats, or in more or fewer than 16 bits."
+    "Upright, eight bits, three channels. Raises `ValueError` for other depths than 16."
     done, turned = [], ImageOps.exif_transpose(im)
     if turned.size != im.size or im.getexif().get(0x0112, 1) != 1:
         done.append('turned as its EXIF says')

@@ -219,8 +219,7 @@ def forget(
         line = new_line(a, kit, lines, path, hashes, labels, moved(θ_u, model))
         report = facts(kit, line, model, θ_u, (S, notes), checks, state)
         report['seconds'] = round(time.perf_counter() - start, 2)
-        tensors = named_as(θ_u.net, names_in(path))
-        write_all(folder, targets, lines, line, tensors, report, kit)
+        write_all(folder, targets, lines, line, θ_u, report, kit, path)
     say(in_short(report, targets))
     return report
 
@@ -269,7 +268,8 @@ def facts(
         warnings.append('Nobody said whose these portraits are (--person): each counts '
                         'as somebody else\'s.')
     return of_the_kit(kit, line, people, warnings) | dict(
-        portraits=rows, checks=seen, not_checked=not_checked(kit, len(seen), line.number))
+        portraits=rows, checks=seen,
+        not_checked=not_checked(kit, len(seen), line.number))
 
 # %% ../nbs/15_forget.ipynb #e14df314
 def of_the_kit(
@@ -282,7 +282,8 @@ def of_the_kit(
         warnings.append(f'The rehearsal played requests of {kit.rehearsal.people}, '
                         f'and this one is of {people}: what to expect may not hold.')
     mid = {k: v[10] for k, v in kit.reference.loss.items()}
-    return line.model_dump(exclude={'portraits', 'people', 'notes', 'hash', 'weights'}) | dict(
+    private = {'portraits', 'people', 'notes', 'hash', 'weights'}
+    return line.model_dump(exclude=private) | dict(
         promise=kit.promise, method=METHODS[kit.method].title, people=people,
         warnings=warnings, limits=words, reference=mid,
         own_answers=cost_of_own_answers(kit), expected=expected(kit, line.labels),
@@ -291,14 +292,14 @@ def of_the_kit(
 
 # %% ../nbs/15_forget.ipynb #5c0c6c41
 def write_all(
-    folder: Path, targets: list, lines: list, line: Line,
-    tensors: dict,   # the new weights
+    folder: Path, targets: list, lines: list, line: Line, θ_u: nn.Module,
     report: dict, kit: Kit,
+    before: Path,   # the weights that it started from
 ):
     "Weights first: the other files name their hash."
     svg = picture(kit, line.moved, line.path)
     def weights(part):
-        write_weights(tensors, part)
+        write_weights(named_as(θ_u.net, names_in(before)), part)
         report['after'] = file_sha(part)
     new = lambda: signed(line.model_copy(update=dict(
         after=report['after'], notes=report['warnings'])))

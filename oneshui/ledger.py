@@ -49,7 +49,7 @@ def signed(
 def salted(
     name: str, salt: str,
 ) -> str:   # 16 hex digits
-    "A name that can be compared with the kit at hand, and whoever has it can try names."
+    "To compare names by; whoever has the kit, and so the salt, can try some."
     same = unicodedata.normalize('NFKC', name).strip().casefold()   # one way for é
     return hashlib.sha256(f'{salt} {same}'.encode()).hexdigest()[:16]
 
@@ -61,7 +61,7 @@ def read_ledger(
     "All requests so far. Raises `StoreError` naming the first line that is not right."
     file, lines, previous = Path(file), [], kit
     text = file.read_text() if file.exists() else ''
-    rows = text.removesuffix('\n').split('\n') if text else []   # a path may hold U+2028
+    rows = text.removesuffix('\n').split('\n') if text else []   # U+2028 is none
     for n, text in enumerate(rows, 1):
         try: line = Line.model_validate_json(text)
         except ValidationError as e: raise tampered(file, n, 'cannot be read') from e

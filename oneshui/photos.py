@@ -203,11 +203,13 @@ def refuse_lost(
     if odd:
         raise DataError(f'{root / odd[0]}: {len(odd)} images are of a kind that is not '
                         f'read ({odd[0].suffix}). Save them as JPEG or PNG.')
-    loose = [p for p in files if p.suffix.lower() in IMAGES and len(p.parts) == 1 + told]
+    image = lambda p: p.suffix.lower() in IMAGES
+    loose = [p for p in files if image(p) and len(p.parts) == 1 + told]
     if loose:
         raise DataError(f'{root / loose[0]}: lies in no folder of a person '
                         f'({len(loose)} images). Sort it into one, or take it away.')
 
+# %% ../nbs/api/photos.ipynb #7687141d
 def read_folder(
     root: Path,        # holds train/, val/ and perhaps test/ and portrait/; or people
 ) -> pd.DataFrame:     # path, identity, label ('' if there is none); split if known
@@ -367,12 +369,14 @@ class Photos(torch.utils.data.Dataset):
             raise DataError(f'{path}: cannot be decoded ({e}). Restore the file, or '
                             'delete its row.') from e
 
-    def batch(self, idx: np.ndarray) -> torch.Tensor:   # uint8 [b, c, h, w]
-        "Several images."
-        if self.map is not None: return torch.from_numpy(self.map[np.asarray(idx)])
-        return torch.from_numpy(np.stack([self.one(int(i)) for i in idx]))
 
 # %% ../nbs/api/photos.ipynb #60a982db
+@patch
+def batch(self: Photos, idx: np.ndarray) -> torch.Tensor:   # uint8 [b, c, h, w]
+    "Several images."
+    if self.map is not None: return torch.from_numpy(self.map[np.asarray(idx)])
+    return torch.from_numpy(np.stack([self.one(int(i)) for i in idx]))
+
 @patch
 def decoded(self: Photos,
     keep: bool,             # or only look whether it can be read

@@ -22,6 +22,8 @@ from .core import DataError, PresetError, Spec, device_of, file_sha, project_roo
 from .data import Faces, Pixels, make_request, portrait
 from .handlers import (build, check_on_images, fill, open_model, read_weights,
                               write_weights)
+
+# %% ../nbs/14_prepare.ipynb #573a2dc7
 from .kit import (DataCard, Kit, Reference, Rehearsed, check_place, features_of,
                          margins, quantiles, state_sizes, today, untypical,
                          versions, write_kit)
@@ -304,25 +306,27 @@ UNLABELLED = ('No labels are given: the model\'s own answers stand for them, one
               'its outputs for each image. If it names attributes, several at a time, '
               'write a CSV with a column for each.')
 
+# %% ../nbs/14_prepare.ipynb #fa55d416
 def opening(
-    people: People,
-    needs: str,   # how long it takes
-    done: dict,   # what was done to images -> to how many
-    plays: int, wanted: int,   # requests that can be played, that shall be
+    a: Asked, bench: Bench,
+    images: int,   # of train that are looked at
 ) -> str:
     "What is said before the work begins."
+    people, needs = bench.people, in_words_of_time(seconds_needed(bench, a, images))
     said = [f'{people.faces}. Preparing takes about {needs}, without retraining.']
     said += [ASSUMED] * people.assumed + [UNLABELLED] * people.own_labels
     said += [f'{n:,} images were {what}: was it so in training, too?'
-             for what, n in done.items()]
+             for what, n in bench.photos.notes.items()]
     if len(twice := copies(people)):
         said.append(f'{len(twice)} files that count as never seen are copies of files '
                     f'in train; the first is {people.faces.paths[twice[0]]}.')
-    if plays < wanted:
-        said.append(f'Only {plays} of {wanted} requests can be played: more people '
+    plays = len(draw_plays(people, a.requests, a.people, a.seed))
+    if plays < a.requests:
+        said.append(f'Only {plays} of {a.requests} requests can be played: more people '
                     'with several images, or with a portrait, are needed.')
     return ' '.join(said)
 
+# %% ../nbs/14_prepare.ipynb #a339b6ba
 def as_known(
     score: dict,   # of members and strangers; None: there is none
 ) -> str:
@@ -341,9 +345,7 @@ def prepare(
     check_place(a.kit)
     bench, source, path = open_bench(a)
     rows, start = few_people(bench.people, a.images, a.seed), time.perf_counter()
-    needs = in_words_of_time(seconds_needed(bench, a, len(rows)))
-    plays = len(draw_plays(bench.people, a.requests, a.people, a.seed))
-    say(opening(bench.people, needs, bench.photos.notes, plays, a.requests))
+    say(opening(a, bench, len(rows)))
     val = bench.set(bench.people.rows('val'))
     features, reference = statistics(bench.model, bench.set(rows), val)
     say(as_known(reference.score))

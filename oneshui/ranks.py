@@ -123,7 +123,8 @@ def launch(
     "Raises `StoreError` with the first error of the log."
     module, name = function.split(':')
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone',
-               '--local-addr', 'localhost', '--nproc-per-node', ranks, '--no-python', sys.executable, '-c',
+               '--local-addr', 'localhost', '--nproc-per-node', ranks, '--no-python',
+               sys.executable, '-c',
                f'from {module} import {name}; from oneshui.ranks import apart, follow; '
                f'follow(); {name}(); apart()', *given]
     env = os.environ | dict(OMP_NUM_THREADS='1', ONESHUI_PROGRESS='off')
@@ -133,7 +134,8 @@ def launch(
     if not job.returncode: return
     error = r'^(?:\[rank\d+\]: )?((?!torch\.distributed\.elastic)[\w.]*Error\b.*)'
     text = Path(log).read_text()
-    said = re.findall(error, text, re.M) or [f'killed. The log: {text[:500]} … {text[-700:]}']
+    ends = f'killed. The log: {text[:500]} … {text[-700:]}'
+    said = re.findall(error, text, re.M) or [ends]
     raise StoreError(f'one of {ranks} ranks failed: {said[0]}')
 
 # %% ../nbs/api/ranks.ipynb #cfd20f21

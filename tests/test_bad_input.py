@@ -171,7 +171,7 @@ PREPARE = {   # what is wrong -> (scene -> argv, what the message has to say)
     'a tensor with NaN': (lambda s: s.prepare(weights=s.weights(
         put('head.bias', torch.tensor([0., float('nan'), 1.])))), ['head.bias', 'NaN']),
     'probabilities': (lambda s: s.prepare(model=answering(
-        s, 'self.head(self.body(x)).sigmoid()')), ['other.py', 'Leave out its sigmoid']),
+        s, 'self.head(self.body(x)).sigmoid()')), ['other.py', 'out its sigmoid']),
     'a batch norm without statistics': (lambda s: s.prepare(model=answering(
         s, 'self.head((z := self.body(x)) - z.mean(0))')), ['alone otherwise']),
     'a class number that is too long': (lambda s: s.prepare(

@@ -386,7 +386,7 @@ def test_a_kit_that_was_moved_in_between(desk, office, tmp_path, monkeypatch, ca
 
 
 def test_the_last_hash_is_shown(desk, office, capsys):
-    ask(desk, office, out='m\u2028')   # a line separator in a path is none in the ledger
+    ask(desk, office, out='m\u2028')   # it separates lines, in a path it does not
     capsys.readouterr()
     assert run(['show', str(desk / 'kit')]) == 0
     assert lines_of(desk)[-1].hash[:16] in capsys.readouterr().out
