@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.nn.utils import parameters_to_vector
 from .core import Spec, project_root
 from .experiments import Experiment, grid, variants
+from .intervals import t_interval
 from .portraits import write_portraits
 from .presets import Preset
 from .questions import task_gradient
@@ -154,13 +155,19 @@ def with_more_requests(
     store: RunStore, preset: Preset,  # with the settings found there
     cell: tuple, seeds: list,         # (data set, N_S)
     requests: int,                    # simulated, about
+    few: dict,                        # label -> runs after fewer, paired with these
     n_jobs: int = 2,
-) -> pd.DataFrame:                    # as of `points`, with simulated: requests
+) -> pd.DataFrame:   # as of `points`, with simulated: requests, over, over_half
     "MetaUnlearn after more passes: settings found there, and the published ones."
     one = one_pass(store, preset, cell)
     more = dict(epochs=passes(requests, one))
     arms = grid(store, preset, [cell], seeds, ['pretrain', 'retrain'])
-    arms |= variants(store, preset, [cell], seeds, {
+    many = variants(store, preset, [cell], seeds, {
         'metaunlearn': more, 'as published': PUBLISHED | more})
-    found = points(Experiment(store, arms, 'pretrain', n_jobs=n_jobs).compare())
+    found = points(Experiment(store, arms | many, 'pretrain', n_jobs=n_jobs).compare())
+    Experiment(store, few, n_jobs=n_jobs).run()
+    tow = lambda s: store.metrics(s)['tow']
+    over = {k: t_interval([tow(a) - tow(b) for a, b in zip(many[k], few[k])])
+            for k in many}
+    found['over'], found['over_half'], _ = zip(*found.label.map(over))
     return found.assign(simulated=one * more['epochs'])

@@ -3,7 +3,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from oneshui.experiments import compare_arms
+from oneshui.experiments import compare_arms, variants
 from oneshui.regimes import (PUBLISHED, World, longer, points, searched, settle,
                              step_direction, with_more_requests)
 from oneshui.tuning import with_settings
@@ -54,7 +54,9 @@ def test_more_simulated_requests_are_more_passes_over_the_people(smoke, shared):
     t = longer(shared, few, cell, 6, n_jobs=1)
     assert len(t) == 8 and t.A_last.gt(0).all() and t.A_first.nunique() > 1
     tuned = with_settings(few, t)
-    seen = with_more_requests(shared, tuned, cell, [0], 12, 1).set_index('label')
+    short = variants(shared, few, [cell], [0],
+                     {'metaunlearn': {}, 'as published': PUBLISHED})
+    seen = with_more_requests(shared, tuned, cell, [0], 12, short, 1).set_index('label')
     found = tuned.hyper('celeba', 'metaunlearn', 2)
     epochs = dict(epochs=int(seen.simulated.iloc[0]) // 6)
     assert epochs['epochs'] == 2 > found['epochs'] == 1
@@ -63,3 +65,5 @@ def test_more_simulated_requests_are_more_passes_over_the_people(smoke, shared):
         assert shared.has(spec)
         made = shared.prepared(spec)[0]
         assert len(made['history']) == seen.simulated[label]
+        before = shared.metrics(short[label][0])['tow']
+        assert seen.over[label] == pytest.approx(shared.metrics(spec)['tow'] - before)
