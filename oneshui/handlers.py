@@ -534,7 +534,7 @@ def check_on_images(
         raise PresetError(f'{name}: runs on {len(x)} images and not on one '
                           f'({type(e).__name__}: {str(e)[:200]}), and a letter brings '
                           'one portrait.') from e
-    if (alone - model(few)).abs().max() > 1e-3 * (1 + z.abs().max()):
+    if (alone - model(few)).abs().max() > 1e-2 * (1 + z.abs().max()):   # TF32, too
         raise PresetError(f'{name}: answers an image alone otherwise than in a batch. '
                           'Has a batch norm no running statistics, or does dropout go '
                           'on in eval mode? A portrait comes alone.')

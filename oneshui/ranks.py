@@ -110,6 +110,7 @@ def follow():
 
 def apart():
     "All leave at once: a rank that ends while threads of gloo still run may abort."
+    if together() is None: return
     together().wait_for_everyone()
     together().destroy_process_group()
 
