@@ -47,8 +47,10 @@ def run_cells(notebook, parameters):
 
 
 def report_cells(notebook, parameters, failure):
-    "`run_cells`, what it raises written to a file."
-    try: run_cells(notebook, parameters)
+    "`run_cells`; what it raises is in a file, which is empty if it raises nothing."
+    try:
+        run_cells(notebook, parameters)
+        failure.write_text('')
     except BaseException:
         failure.write_text(traceback.format_exc())
         raise SystemExit(1) from None
@@ -62,13 +64,15 @@ def run_notebook(notebook, failure, **parameters):
     forked.set_forkserver_preload([__name__])
     here = os.pathsep.join([str(Path(__file__).parent), *sys.path])   # where it looks
     with _starting, patch.dict(os.environ, PYTHONPATH=here): ensure_running()
+    Path(failure).unlink(missing_ok=True)
     job = forked.Process(target=report_cells,
                          args=(Path(notebook), parameters, Path(failure)))
     job.start()
     job.join()
-    if job.exitcode == 0: return ''
+    # to start a process polls all others, and of two who read an exit code at once one
+    # finds nothing and says 255: what counts is the file
     said = Path(failure).read_text() if Path(failure).exists() else 'nothing was said'
-    return f'exit code {job.exitcode}: {said}'
+    return said and f'exit code {job.exitcode}: {said}'
 
 
 def two_at_a_time(run, names):
