@@ -7,10 +7,14 @@ thread); memory is that of a fresh process for each form. Seconds and megabytes 
 machine's and mean little elsewhere.
 """
 import argparse
+import cProfile
 import json
 import math
 import os
+import pstats
+import shutil
 import time
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -24,17 +28,21 @@ from hypergradient import world
 from measure import Product, alternate, extra_memory, ratio, seconds
 from PIL import Image
 from sklearn.ensemble import RandomForestClassifier
+from torchvision.io import ImageReadMode, decode_jpeg, read_file
 
 from oneshui.attacks import dominated, finite_column, loss_mia
-from oneshui.data import Pixels, RoughPixels, make_faces, simulate_requests
+from oneshui.core import speed_up
+from oneshui.data import (Pixels, RoughPixels, make_faces, portrait,
+                          simulate_requests)
 from oneshui.metaunlearn import hypergradient, hypergradient_oracle
 from oneshui.methods import input_covariance, input_rows, projected_layers
-from oneshui.metrics import Outputs, batch_score, mean_average_precision
+from oneshui.metrics import (Outputs, batch_score, mean_average_precision,
+                             task_loss)
 from oneshui.portraits import draw_person, draw_photo, render, write_portraits
 from oneshui.presets import load_preset
 from oneshui.runs import RunStore, file_sha, make_runs, metric_of, run_grid
 from oneshui.scale import step_flops
-from oneshui.vit import (TrainSpec, normalise, optimiser, predict, scheduled,
+from oneshui.vit import (TrainSpec, forward, normalise, optimiser, predict, scheduled,
                          train_epoch)
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -188,17 +196,46 @@ def evaluation(small, repeat):
     return dict(eval_speedup=ratio(t['naive'], t['ours']))
 
 
-def reproduction(small, repeat):
-    "CPU seconds of a run, all told, where one request is put to every method."
+@contextmanager
+def all_runs(small):
+    "One request put to every method, in a store of its own: (folder, call)."
     p = load_preset('smoke' if small else 'mini').model_copy(update=dict(requests=1))
     data = write_portraits(ROOT / 'data', **p.portraits)
     methods = ['pretrain', 'neggrad'] if small else None   # None: all
     with TemporaryDirectory() as folder:
         store = RunStore(folder, data)
-        all_runs = partial(run_grid, store, p, ['mufac'], p.seeds[:1], methods, 1)
-        taken = seconds(all_runs)
-        runs = len(list(Path(folder).glob('*/manifest.json')))
-    return dict(reproduce_seconds_per_run=taken / runs)
+        yield Path(folder), partial(run_grid, store, p, ['mufac'], p.seeds[:1],
+                                    methods, 1)
+
+
+def reproduction(small, repeat):
+    "CPU seconds of a run, all told, and what they went to."
+    found = []
+    with all_runs(small) as (folder, call):
+        taken = seconds(lambda: found.append(call()))
+        runs = len(list(folder.glob('*/manifest.json')))
+    share = {f'reproduce_share_{k}': v / taken for k, v in spent(*found).items()}
+    return share | dict(reproduce_seconds_per_run=taken / runs)
+
+
+def spent(t):
+    "Seconds of training, preparing and unlearning in a tidy table of results."
+    t = t.drop_duplicates(['dataset', 'seed', 'method', 'metric', 'value'])
+    of = lambda metric, which: t.value[(t.metric == metric) & which].sum()
+    trained = t.method.isin(['pretrain', 'retrain', 'retrain_again'])
+    return dict(training=of('seconds', trained), unlearning=of('seconds', ~trained),
+                preparing=of('prepare_seconds', ~trained))
+
+
+def profiled(small, repeat):
+    "The share of a reproduction's CPU seconds inside PyTorch's own operations."
+    with all_runs(small) as (_, call):
+        watch = cProfile.Profile(time.process_time)
+        watch.runcall(call)
+    own = {k: v[2] for k, v in pstats.Stats(watch).stats.items()}   # without callees
+    inside = sum(t for (file, _, name), t in own.items()
+                 if file == '~' and 'torch._C' in name)
+    return dict(reproduce_share_operations=inside / sum(own.values()))
 
 
 def copied(store, s, lr):
@@ -325,9 +362,48 @@ def loader(small, repeat):
                 loader_first_epoch_speedup=ratio(t['naive'], t['first']))
 
 
+def decoders(small, repeat):
+    "Pillow, which leaves out what a small picture does not need, against torchvision."
+    def theirs(path, size):
+        whole = decode_jpeg(read_file(str(path)), ImageReadMode.RGB).permute(1, 2, 0)
+        return Image.fromarray(whole.numpy()).resize((size, size), Image.BILINEAR)
+    found = {}
+    edges = dict(small=32, large=64) if small else dict(small=200, large=1024)
+    for what, edge in edges.items():
+        n, size = (4, 16) if small else (20, 64)
+        with TemporaryDirectory() as folder:
+            faces = photographs(Path(folder), n, edge)
+            names = [Path(folder) / p for p in faces.paths]
+            same = np.asarray(Image.open(names[0])) == decode_jpeg(
+                read_file(str(names[0]))).permute(1, 2, 0).numpy()
+            assert same.all(), 'the same pixels'
+            t = alternate(dict(
+                pillow=lambda: [portrait(faces, i, size) for i in range(n)],
+                torchvision=lambda: [theirs(p, size) for p in names]), repeat)
+        found[f'decoder_{what}_speedup'] = ratio(t['torchvision'], t['pillow'])
+    return found
+
+
+def compiled(small, repeat):
+    "A training step through torch.compile, after it was compiled."
+    if small or not shutil.which('g++'): return {}   # it needs a compiler
+    def step_of(compile):
+        model = world(shape(small, 1))[0]
+        run, opt = speed_up(model, compile), torch.optim.SGD(model.parameters(), 1e-3)
+        x, y = torch.randn(32, 3, 64, 64), (torch.rand(32, 40) < .5).float()
+        def step():
+            opt.zero_grad()
+            task_loss(forward(run, x), y).backward()
+            opt.step()
+        return lambda: [step() for _ in range(5)]
+    t = alternate(dict(plain=step_of(False), ours=step_of(True)), repeat)
+    return dict(compile_speedup=ratio(t['plain'], t['ours']))
+
+
 ROWS = dict(limits=limits, memory=memory, attack=attack, episodes=episodes,
             scores=scores, loader=loader, large=large, pgu=pgu, evaluation=evaluation,
-            reproduction=reproduction, store=store_of_many, engines=engines)
+            reproduction=reproduction, profiled=profiled, store=store_of_many,
+            engines=engines, decoders=decoders, compiled=compiled)
 
 
 def measured(names, small=False, repeat=5):

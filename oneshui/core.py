@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OneshuiError', 'DataError', 'PresetError', 'StoreError', 'NumbersError', 'default_device', 'device_of', 'precision',
-           'speed_up', 'same_noise', 'progress', 'Registry', 'Spec', 'digest', 'write_atomically', 'whole_folder',
-           'free_place', 'file_sha', 'project_root']
+           'speed_up', 'to_device', 'same_noise', 'progress', 'Registry', 'Spec', 'digest', 'write_atomically',
+           'whole_folder', 'free_place', 'file_sha', 'project_root']
 
 # %% ../nbs/api/core.ipynb #6690686c
 import contextlib, hashlib, json, os, shutil
@@ -67,6 +67,16 @@ def speed_up(
     "The two switches that trade compilation time or FLOPs for speed or memory."
     if checkpointing: model.set_grad_checkpointing(True)
     return torch.compile(model) if compile else model
+
+# %% ../nbs/api/core.ipynb #0a3cb232
+def to_device(
+    x: torch.Tensor,        # on the CPU, or there already
+    device: torch.device | str,
+) -> torch.Tensor:
+    "`x` on a device; a GPU fetches it by itself, while the CPU goes on."
+    if torch.device(device).type != 'cuda': return x.to(device)
+    if x.device.type == 'cpu': x = x.pin_memory()   # as it is, if it is pinned
+    return x.to(device, non_blocking=True)
 
 # %% ../nbs/api/core.ipynb #50f88b23
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
 from PIL import Image
-from .core import DataError, progress
+from .core import DataError, progress, to_device
 from .data import Faces, as_rgb, make_faces
 from .handlers import Preprocessing
 from .readers import read_strings
@@ -412,8 +412,8 @@ class PhotoSet(ImageSet):
                 device: torch.device | str = 'cpu') -> tuple:
         "Images and their targets."
         rows = np.arange(len(self)) if rows is None else np.asarray(rows)
-        x = self.pixels.batch(self.idx[rows]).to(device)
-        return self.pixels.prep.normalised(x), self.y[rows].to(device)
+        x = to_device(self.pixels.batch(self.idx[rows]), device)
+        return self.pixels.prep.normalised(x), to_device(self.y[rows], device)
 
     def batches(self, batch_size: int, shuffle: bool = False,
                 augment: float | None = None,   # smallest share of a crop; 1: flips
@@ -426,8 +426,8 @@ class PhotoSet(ImageSet):
         for rows in in_batches(order, batch_size):
             x = self.pixels.batch(self.idx[rows.numpy()])
             if augment: x = torch.stack([change(one) for one in x])
-            y = self.y[rows].to(device)
-            yield self.pixels.prep.normalised(x.to(device)), y
+            y = to_device(self.y[rows], device)
+            yield self.pixels.prep.normalised(to_device(x, device)), y
 
 # %% ../nbs/api/photos.ipynb #1588e723
 def as_support(

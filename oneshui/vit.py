@@ -25,7 +25,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from .core import NumbersError, PresetError, Spec, default_device, device_of
-from .core import precision, progress, speed_up, write_atomically
+from .core import precision, progress, speed_up, to_device
+from .core import write_atomically
 from .data import Pixels
 from .metrics import score, task_loss
 from .ranks import first, forward
@@ -152,7 +153,7 @@ def tensors(self: ImageSet,
     "Several images and their targets at once."
     rows = np.arange(len(self)) if rows is None else np.asarray(rows)
     x = self.pixels.batch(self.idx[rows])
-    return normalise(x.to(device)), self.y[rows].to(device)
+    return normalise(to_device(x, device)), to_device(self.y[rows], device)
 
 # %% ../nbs/01_vit_finetuning.ipynb #eb96f0b1
 @patch
@@ -206,7 +207,7 @@ def loaded(self: ImageSet,
     loader = DataLoader(view, batch_size, sampler=order.tolist(), num_workers=workers,
                         pin_memory=str(device) != 'cpu')
     for batch in loader:
-        x, y = (t.to(device, non_blocking=True) for t in batch)
+        x, y = (to_device(t, device) for t in batch)
         yield normalise(x), y
 
 # %% ../nbs/01_vit_finetuning.ipynb #ad2618e4
@@ -226,7 +227,7 @@ class SupportSet:
     ) -> tuple:                              # images, targets
         "As `ImageSet.tensors`."
         x, y = (self.x, self.y) if rows is None else (self.x[rows], self.y[rows])
-        return x.to(device), y.to(device)
+        return to_device(x, device), to_device(y, device)
 
     def batches(self,
         batch_size: int, shuffle: bool = False, augment: None = None,

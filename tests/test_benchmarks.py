@@ -34,7 +34,7 @@ def test_rows_are_ratios_of_what_was_measured(monkeypatch):
     assert found['meta_step_memory_ratio'] == 5. and found['memory_growth_1_16'] == 1.
     assert all(v > 0 for v in found.values())
     published = {k for k in json.loads(PUBLISHED.read_text()) if '_mb_' not in k}
-    known = {*found, 'dask_speed_of_joblib'}
+    known = {*found, 'dask_speed_of_joblib', 'compile_speedup'}
     assert published <= known, 'no number is published that nobody can measure'
     calls = []
     alternate({k: lambda k=k: calls.append(k) for k in 'ab'}, repeat=3)
@@ -59,6 +59,18 @@ def test_flops_of_a_meta_step_are_those_that_are_computed():
     w = world(a)
     with Products() as counted: benchmark.hypergradient(*w)
     assert abs(benchmark.meta_flops(w[0], a) / counted.total - 1) < .15
+
+
+def test_a_data_set_of_celebas_layout_is_drawn_read_and_streamed(tmp_path):
+    out = tmp_path / 'found.json'
+    some = ('--images', 120, '--people', 20, '--size', 16, '--workers', 0)
+    r = python('benchmarks/celeba_size.py', tmp_path, *some, '--out', out)
+    assert r.returncode == 0, r.stderr
+    found = json.loads(out.read_text())
+    assert found['images'] == found['distinct_images'] == 120 and found['people'] == 20
+    assert all(v > 0 for v in found.values())
+    known = json.loads(PUBLISHED.with_name('celeba_size.json').read_text())
+    assert known.keys() == found.keys() and known['images'] == 202_599
 
 
 def test_memory_is_that_of_a_fresh_process():
