@@ -481,14 +481,22 @@ class RoughPixels(Pixels):
         return torch.cat([reduce(x.permute(2, 0, 1)[None].float()) for x in whole])
 
 # %% ../nbs/00_data_splits.ipynb #90299c83
+def _whole_map(path, shape):
+    # None if the file is missing, cut off (a full disk, a copy that broke), or another
+    try: found = np.load(path, mmap_mode='r')
+    except (OSError, ValueError, EOFError): return None
+    return found if found.shape == shape else None
+
 def open_map(
     faces: Faces,
     size: int,    # edge in pixels
     cache: Path,  # folder of the maps
 ) -> np.ndarray:  # uint8 [n, 3, size, size], read from disk where it is touched
-    "The memory map of all images, made if it is missing."
+    "The memory map of all images, made if it is missing or not whole."
     cache.mkdir(parents=True, exist_ok=True)
     path = cache / f'pixels2-{faces.name}-{size}-{faces.fingerprint}.npy'
+    shape = len(faces), 3, size, size
     with FileLock(f'{path}.lock'):
-        if not path.exists(): decode_all(faces, size, path)
-    return np.load(path, mmap_mode='r')
+        if (found := _whole_map(path, shape)) is not None: return found
+        decode_all(faces, size, path)
+        return _whole_map(path, shape)
