@@ -273,6 +273,37 @@ def test_json_has_no_number_that_is_none(reports):
     json.loads(text, parse_constant=lambda c: pytest.fail(c))
 
 
+def said_by(*argv):
+    "What a command prints; it must not fail."
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said): status = run(list(map(str, argv)))
+    assert status == 0, said.getvalue()
+    return said.getvalue()
+
+
+def test_an_audit_of_what_forget_wrote(office, tmp_path):
+    f, kit, root = office.folder, tmp_path / 'kit', office.table.parent
+    t = pd.read_csv(office.table, dtype=str)
+    theirs = t[t.split == 'portrait']
+    t[t.split != 'portrait'].to_csv(root / 'known.csv', index=False)
+    quick = ['requests=2', 'calibration=1', 'start=2']
+    said_by('prepare', '--model', f'{f}/net.py:net', '--weights',
+            f / 'before.safetensors', '--data', root / 'known.csv', '--kit', kit,
+            '--size', 32, '--requests', 3, '--turns', 1, '--set', *quick)
+    said_by('forget', kit, *(root / p for p in theirs.path), '--out',
+            f / 'forgotten.safetensors')
+    status, said, out = command(office, 'forgotten', kit=kit, steps=0)
+    assert status == 0, said
+    r = AuditReport.model_validate_json((out / 'audit.json').read_text())
+    done, = map(json.loads, (kit / 'ledger.jsonl').read_text().splitlines())
+    assert done['after'] in r.files.values(), 'it is this model that was looked at'
+    assert r.rehearsal['labels'] == done['labels'] != 'given'
+    assert r.rehearsal['same_model'] and set(r.rehearsal['scores']) > {'own_score'}
+    loss = {x['model']: x['loss'] for x in r.averages if x['set'] == 'portrait'}
+    assert loss['after'] > loss['before'], 'a step was taken'
+    assert len(r.people) == len(office.asked) == len(theirs)
+
+
 BAD = [   # what is wrong, what the message names
     (dict(people='nobody'), ['staff.csv', '"nobody"', '--people']),
     (dict(fpr=.01), ['fpr = 0.01', 'needs 100', 'bring more controls']),
