@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LIBRARIES', 'CONVERT', 'WRAPPERS', 'Preprocessing', 'preprocessing', 'from_timm', 'from_torchvision',
            'from_transformers', 'parts_of', 'beside', 'module_of', 'from_function', 'build', 'check_weights',
-           'read_weights', 'unwrapped', 'write_weights', 'renamed', 'names_in', 'as_saved', 'named_as', 'fill',
-           'last_linear', 'outputs_in', 'logits_in', 'fed', 'Classifier', 'find_head', 'check_answer', 'checked',
-           'check_on_images', 'ModelSource', 'from_anywhere', 'open_model']
+           'read_weights', 'unwrapped', 'write_weights', 'of_transformers', 'renamed', 'names_in', 'as_saved',
+           'named_as', 'fill', 'last_linear', 'outputs_in', 'logits_in', 'fed', 'Classifier', 'find_head',
+           'check_answer', 'checked', 'check_on_images', 'ModelSource', 'from_anywhere', 'open_model']
 
 # %% ../nbs/api/handlers.ipynb #1c46ba50
 import difflib, importlib, importlib.util, json, math, sys
@@ -331,12 +331,17 @@ def write_weights(
     except SafetensorError as e: raise OSError(f'{path}: {e}') from e
 
 # %% ../nbs/api/handlers.ipynb #f09c3c6d
+def of_transformers(
+    net: nn.Module,
+) -> bool:
+    "Does it read and write folders as transformers' networks do?"
+    return hasattr(net, 'save_pretrained') and hasattr(net, 'config')
+
 def renamed(
     net: nn.Module, tensors: dict,
 ) -> dict:   # the same tensors
     "By the names of today's transformers, whose files keep those of former versions."
-    theirs = hasattr(net, 'save_pretrained') and hasattr(net, 'config')
-    if not theirs or {*tensors} == {*net.state_dict()}:
+    if not of_transformers(net) or {*tensors} == {*net.state_dict()}:
         return tensors
     same, found = type(net).from_pretrained(None, config=net.config, state_dict=tensors,
                                             output_loading_info=True)
@@ -366,7 +371,7 @@ def named_as(
     own = net.state_dict()
     before = [''.join(w) for n in range(3) for w in permutations(WRAPPERS, n)]
     forms = [{w + k: v for k, v in own.items()} for w in before]
-    if not any(names <= {*f} for f in forms) and hasattr(net, 'save_pretrained'):
+    if not any(names <= {*f} for f in forms) and of_transformers(net):
         forms.append(as_saved(net))
     fits = next((f for f in forms if names <= {*f}), None)
     return own if fits is None else {k: fits[k] for k in names}

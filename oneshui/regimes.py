@@ -166,8 +166,8 @@ def with_more_requests(
         'metaunlearn': more, 'as published': PUBLISHED | more})
     found = points(Experiment(store, arms | many, 'pretrain', n_jobs=n_jobs).compare())
     Experiment(store, few, n_jobs=n_jobs).run()
-    tow = lambda s: store.metrics(s)['tow']
-    over = {k: t_interval([tow(a) - tow(b) for a, b in zip(many[k], few[k])])
-            for k in many}
+    tow = lambda specs: pd.Series({(s.seed, s.number): store.metrics(s)['tow']
+                                   for s in specs}).rename_axis(['seed', 'request'])
+    over = {k: t_interval(tow(many[k]) - tow(few[k])) for k in many}
     found['over'], found['over_half'], _ = zip(*found.label.map(over))
     return found.assign(simulated=one * more['epochs'])
