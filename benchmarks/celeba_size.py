@@ -3,7 +3,7 @@ to divide it, to look for doubles in it, and to keep a network fed with its imag
 
 python benchmarks/celeba_size.py FOLDER [--images N] [--people N] [--out FILE]
 
-FOLDER/celeba gets the official layout, 2.8 GB in some five minutes; what is there
+FOLDER/celeba gets the official layout, 2.1 GB in some five minutes; what is there
 already stays. Beside it comes a map of the pixels at 64 x 64, 2.5 GB more.
 """
 import argparse

@@ -424,9 +424,10 @@ def office_table(
 def office(
     preset: str = 'mini',   # or 'smoke'
     root: Path | None = None,
+    crowd: tuple | None = None,   # people, fewest and most images; letters
 ) -> tuple:   # fields of `Asked`, all faces, rows of the portraits in the drawer
     "A drawn company with a trained model, made once."
-    (people, letters), P = CROWD[preset], load_preset(preset)
+    (people, letters), P = crowd or CROWD[preset], load_preset(preset)
     place = write_portraits(Path(root or project_root()) / 'data', (26, 3, 5), people,
                             (32, 4, 6), P.model.image_size, n_jobs=1)
     faces = read_celeba(place / 'celeba')
