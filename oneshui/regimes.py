@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORLDS', 'CROWD', 'SEARCHED', 'PUBLISHED', 'FINER', 'World', 'settle', 'searched', 'in_world', 'points',
-           'step_direction', 'one_pass', 'passes', 'objective_met', 'longer', 'with_more_requests']
+           'step_direction', 'one_pass', 'passes', 'objective_met', 'longer', 'epochs_of', 'with_more_requests']
 
 # %% ../nbs/17_regimes.ipynb #63cc32db
 import json
@@ -14,6 +14,7 @@ from torch.nn.utils import parameters_to_vector
 from .core import Spec, project_root
 from .experiments import Experiment, grid, variants
 from .intervals import t_interval
+from .methods import METHODS
 from .portraits import write_portraits
 from .presets import Preset
 from .questions import task_gradient
@@ -151,23 +152,32 @@ def longer(
     return t.join(pd.DataFrame(objective_met(store, s) for s in made))
 
 # %% ../nbs/17_regimes.ipynb #d34b53ea
+def epochs_of(
+    s: RunSpec,  # of MetaUnlearn
+) -> int:
+    "How often it went through the people of D_tr."
+    default = METHODS['metaunlearn'].settings['epochs'].default
+    return s.hyper.get('epochs', default)
+
 def with_more_requests(
     store: RunStore, preset: Preset,  # with the settings found there
     cell: tuple, seeds: list,         # (data set, N_S)
     requests: int,                    # simulated, about
     few: dict,                        # label -> runs after fewer, paired with these
     n_jobs: int = 2,
-) -> pd.DataFrame:   # as of `points`, with simulated: requests, over, over_half
-    "MetaUnlearn after more passes: settings found there, and the published ones."
+) -> pd.DataFrame:   # as of `points`, of both; simulated: requests, over, over_half
+    "MetaUnlearn after few and many passes: settings found there, and the published."
     one = one_pass(store, preset, cell)
     more = dict(epochs=passes(requests, one))
     arms = grid(store, preset, [cell], seeds, ['pretrain', 'retrain'])
     many = variants(store, preset, [cell], seeds, {
         'metaunlearn': more, 'as published': PUBLISHED | more})
-    found = points(Experiment(store, arms | many, 'pretrain', n_jobs=n_jobs).compare())
-    Experiment(store, few, n_jobs=n_jobs).run()
+    both = [points(Experiment(store, arms | runs, 'pretrain', n_jobs=n_jobs).compare())
+            for runs in (few, many)]
+    for t, runs in zip(both, (few, many)):
+        t['simulated'] = [one * epochs_of(runs[k][0]) for k in t.label]
     tow = lambda specs: pd.Series({(s.seed, s.number): store.metrics(s)['tow']
                                    for s in specs}).rename_axis(['seed', 'request'])
     over = {k: t_interval(tow(many[k]) - tow(few[k])) for k in many}
-    found['over'], found['over_half'], _ = zip(*found.label.map(over))
-    return found.assign(simulated=one * more['epochs'])
+    both[1]['over'], both[1]['over_half'], _ = zip(*both[1].label.map(over))
+    return pd.concat(both)
