@@ -159,6 +159,7 @@ def epochs_of(
     default = METHODS['metaunlearn'].settings['epochs'].default
     return s.hyper.get('epochs', default)
 
+# %% ../nbs/17_regimes.ipynb #6ac15872
 def with_more_requests(
     store: RunStore, preset: Preset,  # with the settings found there
     cell: tuple, seeds: list,         # (data set, N_S)

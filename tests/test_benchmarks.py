@@ -32,7 +32,7 @@ def test_rows_are_ratios_of_what_was_measured(monkeypatch):
     try: found = dict(benchmark.measured(rows, small=True, repeat=1))
     finally: torch.set_num_threads(threads)
     assert found['meta_step_memory_ratio'] == 5. and found['memory_growth_1_16'] == 1.
-    assert all(v > 0 for v in found.values())
+    assert all(v > 0 for k, v in found.items() if '_share_' not in k)
     published = {k for k in json.loads(PUBLISHED.read_text()) if '_mb_' not in k}
     known = {*found, 'dask_speed_of_joblib', 'compile_speedup'}
     assert published <= known, 'no number is published that nobody can measure'
@@ -68,7 +68,7 @@ def test_a_data_set_of_celebas_layout_is_drawn_read_and_streamed(tmp_path):
     assert r.returncode == 0, r.stderr
     found = json.loads(out.read_text())
     assert found['images'] == found['distinct_images'] == 120 and found['people'] == 20
-    assert all(v > 0 for v in found.values())
+    assert all(v > 0 for k, v in found.items() if k != 'workers')
     known = json.loads(PUBLISHED.with_name('celeba_size.json').read_text())
     assert known.keys() == found.keys() and known['images'] == 202_599
 

@@ -56,7 +56,9 @@ def test_more_simulated_requests_are_more_passes_over_the_people(smoke, shared):
     tuned = with_settings(few, t)
     short = variants(shared, few, [cell], [0],
                      {'metaunlearn': {}, 'as published': PUBLISHED})
-    seen = with_more_requests(shared, tuned, cell, [0], 12, short, 1).set_index('label')
+    both = with_more_requests(shared, tuned, cell, [0], 12, short, 1)
+    assert (both.simulated[both.over.isna()] == 6).all() and len(both) == 4
+    seen = both[both.over.notna()].set_index('label')
     found = tuned.hyper('celeba', 'metaunlearn', 2)
     epochs = dict(epochs=int(seen.simulated.iloc[0]) // 6)
     assert epochs['epochs'] == 2 > found['epochs'] == 1
