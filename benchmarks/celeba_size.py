@@ -18,7 +18,7 @@ from measure import memory
 from PIL import Image
 
 from oneshui.core import progress, write_atomically
-from oneshui.data import Pixels, make_request, simulate_requests
+from oneshui.data import Pixels, by_person, make_request, simulate_requests
 from oneshui.portraits import draw_person, draw_photo, render
 from oneshui.readers import ATTRIBUTES, audit_identities, read_celeba
 from oneshui.vit import ImageSet
@@ -51,7 +51,8 @@ def draw(root, images, people):
     who = np.concatenate([np.arange(people), rng.integers(0, people, images - people)])
     marks = rng.choice([-1, 1], (images, len(ATTRIBUTES)))
     folder.mkdir(parents=True, exist_ok=True)
-    of = np.split(np.argsort(who, kind='stable'), np.cumsum(np.bincount(who))[:-1])
+    order, start, _ = by_person(who)
+    of = np.split(order, start[1:])
     jobs = (delayed(photograph)(k, rows, folder) for k, rows in enumerate(of)
             if not (folder / name(rows[-1])).exists())
     for _ in progress(Parallel(2, return_as='generator')(jobs), 'drawing', people): pass

@@ -32,7 +32,9 @@ def test_rows_are_ratios_of_what_was_measured(monkeypatch):
     try: found = dict(benchmark.measured(rows, small=True, repeat=1))
     finally: torch.set_num_threads(threads)
     assert found['meta_step_memory_ratio'] == 5. and found['memory_growth_1_16'] == 1.
-    assert all(v > 0 for k, v in found.items() if '_share_' not in k)
+    shares = {k: v for k, v in found.items() if '_share_' in k}
+    assert all(0 <= v <= 1 for v in shares.values()) and len(shares) == 4
+    assert all(v > 0 for k, v in found.items() if k not in shares)
     published = {k for k in json.loads(PUBLISHED.read_text()) if '_mb_' not in k}
     known = {*found, 'dask_speed_of_joblib', 'compile_speedup'}
     assert published <= known, 'no number is published that nobody can measure'
