@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['EDGES', 'Weight', 'GRID', 'FACTORS', 'Sizes', 'Loss', 'Taken', 'Step', 'dot', 'length', 'FixedSize', 'OneSize',
            'SizePerTensor', 'input_bands', 'SizePerBand', 'TaskAscent', 'CorrectedAscent', 'Simulated',
-           'expected_error', 'Known', 'Simulation', 'Alignment', 'ForgetAndKeep', 'Scrub', 'KeepTask', 'MetaLearner',
-           'own_answer', 'fixed_learner', 'find_start', 'value', 'calibrate', 'strangers_score', 'simulated_tow',
-           'short_form', 'long_form', 'one_of', 'One', 'PerTensor', 'PerBand', 'Task', 'Learned', 'Corrected',
-           'outside_layers', 'metaunlearn_prepare', 'learned_state', 'metaunlearn', 'named_support', 'metastep_prepare',
-           'metastep']
+           'expected_error', 'Known', 'Simulation', 'Alignment', 'ForgetAndKeep', 'wasserstein', 'Spread', 'Scrub',
+           'KeepTask', 'MetaLearner', 'own_answer', 'fixed_learner', 'find_start', 'value', 'calibrate',
+           'strangers_score', 'simulated_tow', 'short_form', 'long_form', 'one_of', 'One', 'PerTensor', 'PerBand',
+           'Task', 'Learned', 'Corrected', 'outside_layers', 'metaunlearn_prepare', 'learned_state', 'metaunlearn',
+           'named_support', 'metastep_prepare', 'metastep']
 
 # %% ../nbs/12_metastep.ipynb #a8f8bbf9
 import math
@@ -367,6 +367,30 @@ class ForgetAndKeep(Spec):
                 for (lo, y), goal in zip(sim.look(θ_u, looked), goals)]
         yield gaps[0] + self.keep * (gaps[1] + gaps[2])
 
+# %% ../nbs/12_metastep.ipynb #17b20945
+def wasserstein(
+    a: torch.Tensor,   # [n] errors
+    b: torch.Tensor,   # [m] errors
+) -> torch.Tensor:
+    "Mean distance of the quantiles of two samples, at those of the first."
+    at = (torch.arange(len(a), device=a.device) + .5) / len(a)
+    near = b.to(a.dtype).quantile(at.to(a.dtype), interpolation='nearest')
+    return (a.sort().values - near).abs().mean()
+
+class Spread(Spec):
+    "D_f's errors are spread as those of strangers; everybody else's stay so."
+    kind: Literal['spread'] = 'spread'
+    keep: Weight = 1.   # κ
+
+    def look(self, sim: Simulation, r: Simulated): return sim.sample(r)
+
+    def shares(self, sim: Simulation, looked: list, θ_u: dict):
+        "A, in one share."
+        goals = [sim.val.error, *(D.error[rows] for D, rows in looked[1:])]
+        far = [wasserstein(expected_error(*said), goal)
+               for said, goal in zip(sim.look(θ_u, looked), goals)]
+        yield far[0] + self.keep * (far[1] + far[2])
+
 # %% ../nbs/12_metastep.ipynb #90c6cfda
 class Scrub(Spec):
     "SCRUB's loss as A: away from θ on D_f; with it, and with the labels, on others."
@@ -701,7 +725,7 @@ def metastep_prepare(model, train, val, *,
     sizes: Sizes = PerBand(),      # how far: H
     loss: Loss = Task(),           # what is descended: M
     predicted_labels: bool = False,# the model's own answers, for which nobody is asked
-    objective: one_of(ForgetAndKeep, Alignment, Scrub) = ForgetAndKeep(),  # A
+    objective: one_of(ForgetAndKeep, Spread, Alignment, Scrub) = ForgetAndKeep(),  # A
     start: Count = 2,              # requests that a first common size is found on
     requests: Count = 30,          # that ψ is learned from
     lr: Rate = .2,                 # of Adam on ψ

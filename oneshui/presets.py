@@ -243,18 +243,21 @@ def given_parameters(
         said = lambda x: f'parameter {x["loc"][0]} = {x["input"]!r}: {x["msg"]}'
         raise PresetError('; '.join(map(said, e.errors()))) from None
 
+# %% ../nbs/api/presets.ipynb #4eb396ac
 def check_data_dir(
     p: Parameters, preset: Preset,
 ):
     "Raise `PresetError` unless the data can come from somewhere."
     if p.data_dir is None and preset.portraits: return
-    folders = ', '.join(sorted({d.folder for d in DATASETS.values() if d.folder}))
+    asked = [DATASETS.get(d) for d in p.datasets or preset.datasets]
+    folders = ', '.join(sorted({d.folder for d in asked if d and d.folder}))
+    folders = folders or 'the .csv file that datasets names'
     if p.data_dir is None:
         raise PresetError(f'preset {preset.name} needs data_dir, the folder with '
                           f'{folders}.')
     if not Path(p.data_dir).is_dir():
         raise PresetError(f'data_dir = {p.data_dir}: no such folder. It should hold '
-                          f'{folders}, or the .csv file that datasets names.')
+                          f'{folders}.')
 
 # %% ../nbs/api/presets.ipynb #c2462ffa
 def check_parameters(

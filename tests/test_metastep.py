@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from scipy.stats import wasserstein_distance
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchmetrics.functional.classification import binary_average_precision
@@ -15,8 +16,9 @@ from torchmetrics.functional.classification import binary_average_precision
 from oneshui.core import DataError, NumbersError, PresetError
 from oneshui.data import Pixels, RoughPixels, make_request
 from oneshui.metastep import (FACTORS, Alignment, FixedSize, ForgetAndKeep, KeepTask,
-                              Known, Simulation, Step, TaskAscent, expected_error,
-                              find_start, fixed_learner, outside_layers, value)
+                              Known, Simulation, Spread, Step, TaskAscent,
+                              expected_error, find_start, fixed_learner,
+                              outside_layers, value, wasserstein)
 from oneshui.metaunlearn import (MetaLoss, Published, batch_loss, gradient, learn_loss,
                                  meta_objective, outputs, parameters_of, restored,
                                  shape_of, slope, unlearn_once)
@@ -27,7 +29,7 @@ from oneshui.readers import read_faces
 from oneshui.vit import ImageSet, ModelSpec, create_model, predict, support_set
 
 SIZES, LOSSES = ('one', 'tensor', 'band'), ('task', 'corrected', 'learned')
-OBJECTIVES = ('forget_and_keep', 'alignment', 'scrub')
+OBJECTIVES = ('forget_and_keep', 'spread', 'alignment', 'scrub')
 QUICK = dict(simulated_size=2, requests=2, calibration=1, batch_size=8)
 PAPER = dict(simulated_size=2, eta=.1, epochs=1, hidden=16)
 
@@ -308,6 +310,19 @@ def test_no_step_keeps_everybody_and_forgets_nobody(world):
     for objective in (ForgetAndKeep(), ForgetAndKeep(keep=0)):
         A = value(objective.shares(sim, objective.look(sim, r), sim.θ))
         assert A == pytest.approx(abs(float(gap)), abs=1e-6)
+    for objective in (Spread(), Spread(keep=0)):
+        A = value(objective.shares(sim, objective.look(sim, r), sim.θ))
+        far = wasserstein(sim.train.error[r.forget], sim.val.error)
+        assert A == pytest.approx(float(far), abs=1e-6) and A >= abs(float(gap)) - .02
+
+
+def test_spreads_of_as_many_images_are_compared_as_scipy_does():
+    a, b = torch.rand(2, 40, generator=torch.manual_seed(0))
+    want = wasserstein_distance(a.numpy(), b.numpy())
+    assert float(wasserstein(a, b)) == pytest.approx(want, abs=1e-6)
+    few = float(wasserstein(a, b.repeat_interleave(3)))
+    assert few == pytest.approx(want, abs=1e-6), 'shares count, not images'
+    assert wasserstein(a, a[torch.randperm(40)]) == 0, 'who is who does not'
 
 
 def test_the_start_is_the_best_of_the_grid(world):
