@@ -360,11 +360,14 @@ class ForgetAndKeep(Spec):
 
     def look(self, sim: Simulation, r: Simulated): return sim.sample(r)
 
+    def apart(self, errors: torch.Tensor, goal: torch.Tensor):   # [n], [m]
+        return (errors.mean() - goal.mean()).abs()
+
     def shares(self, sim: Simulation, looked: list, θ_u: dict):
         "A, in one share."
         goals = [sim.val.error, *(D.error[rows] for D, rows in looked[1:])]
-        gaps = [(expected_error(lo, y).mean() - goal.mean()).abs()
-                for (lo, y), goal in zip(sim.look(θ_u, looked), goals)]
+        gaps = [self.apart(expected_error(*said), goal)
+                for said, goal in zip(sim.look(θ_u, looked), goals)]
         yield gaps[0] + self.keep * (gaps[1] + gaps[2])
 
 # %% ../nbs/12_metastep.ipynb #17b20945
@@ -377,19 +380,11 @@ def wasserstein(
     near = b.to(a.dtype).quantile(at.to(a.dtype), interpolation='nearest')
     return (a.sort().values - near).abs().mean()
 
-class Spread(Spec):
+class Spread(ForgetAndKeep):
     "D_f's errors are spread as those of strangers; everybody else's stay so."
     kind: Literal['spread'] = 'spread'
-    keep: Weight = 1.   # κ
-
-    def look(self, sim: Simulation, r: Simulated): return sim.sample(r)
-
-    def shares(self, sim: Simulation, looked: list, θ_u: dict):
-        "A, in one share."
-        goals = [sim.val.error, *(D.error[rows] for D, rows in looked[1:])]
-        far = [wasserstein(expected_error(*said), goal)
-               for said, goal in zip(sim.look(θ_u, looked), goals)]
-        yield far[0] + self.keep * (far[1] + far[2])
+    def apart(self, errors: torch.Tensor, goal: torch.Tensor):   # [n], [m]
+        return wasserstein(errors, goal)
 
 # %% ../nbs/12_metastep.ipynb #90c6cfda
 class Scrub(Spec):
