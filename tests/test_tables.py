@@ -44,6 +44,7 @@ EVALUATION = {   # notebook -> files that it leaves
     '11_released_code': named('released_code', *TABLE, *PICTURE),
     '12_metastep': [],
     '13_metastep_results': [*named('metastep_attacks', *TABLE),
+                            *named('metastep_plane', *PICTURE),
                             *named('metastep_why', *TABLE, *PICTURE),
                             *named('metastep_comparison', *TABLE, *PICTURE),
                             *named('ablation_metastep', *TABLE, *PICTURE)],
