@@ -40,6 +40,7 @@ BAD = [
     (dict(seeds='["a"]'), 'parameter seeds'),
     (dict(data_dir='/nowhere'), '/nowhere: no such folder'),
     (dict(preset='paper'), 'needs data_dir'),
+    (dict(preset='photographs'), 'the folder with mufac.'),
 ]
 
 
