@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 import oneshui.metastep   # noqa: F401, it declares MetaUnlearn and MetaStep
 from .core import PresetError, Spec, project_root
 from .methods import METHODS
-from .readers import DATASETS, get_dataset
+from .readers import get_dataset
 from .vit import ModelSpec, TrainSpec
 try: import tomllib
 except ModuleNotFoundError: import tomli as tomllib   # Python 3.10
@@ -245,13 +245,13 @@ def given_parameters(
 
 # %% ../nbs/api/presets.ipynb #4eb396ac
 def check_data_dir(
-    p: Parameters, preset: Preset,
+    p: Parameters,   # with its data sets
+    preset: Preset,
 ):
     "Raise `PresetError` unless the data can come from somewhere."
     if p.data_dir is None and preset.portraits: return
-    asked = [DATASETS.get(d) for d in p.datasets or preset.datasets]
-    folders = ', '.join(sorted({d.folder for d in asked if d and d.folder}))
-    folders = folders or 'the .csv file that datasets names'
+    asked = {get_dataset(d).folder or d for d in (*p.datasets, *p.focus)}
+    folders = ', '.join(sorted(asked))
     if p.data_dir is None:
         raise PresetError(f'preset {preset.name} needs data_dir, the folder with '
                           f'{folders}.')
@@ -277,10 +277,10 @@ def check_parameters(
     for d in (*datasets, *focus): get_dataset(d), preset.cell(d)
     if not seeds or min(seeds) < 0:
         raise PresetError(f'seeds = {seeds}: give at least one, none negative.')
+    p = p.model_copy(update=dict(datasets=datasets, focus=focus, seeds=seeds))
     check_data_dir(p, preset)
-    full = dict(datasets=datasets, focus=focus, seeds=seeds)
     some = dict(asked=preset.asked if few is preset else few.requests)
-    return p.model_copy(update=full), preset.model_copy(update=some)
+    return p, preset.model_copy(update=some)
 
 # %% ../nbs/api/presets.ipynb #73b1cf68
 def published_folder(
